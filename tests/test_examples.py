@@ -1,0 +1,77 @@
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import curvopt
+from tests.test_datasets import write_mnist
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def run_mnist(tmp_path, *arguments):
+    command = [sys.executable, "examples/mnist.py", "--smoke", "--data-dir", str(tmp_path)]
+    command += ["--batch-size", "2", "--out", str(tmp_path / "out"), *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+
+
+def test_mnist(tmp_path):
+    write_mnist(tmp_path)
+    done = run_mnist(tmp_path, "--optimizer", "diag_ggn", "adam", "--model", "logistic")
+    assert done.returncode == 0, done.stderr
+    last = done.stdout.splitlines()[-1]
+    assert re.fullmatch(r"adam: test accuracy \d+\.\d\d%, \d+\.\d\d s per epoch", last)
+    assert (tmp_path / "out" / "mnist.png").read_bytes().startswith(b"\x89PNG")
+    runs = json.loads((tmp_path / "out" / "mnist.json").read_text())["runs"]
+    assert {name: len(run["loss"]) for name, run in runs.items()} == {"diag_ggn": 3, "adam": 3}
+
+
+def test_mnist_repeats_itself(tmp_path):
+    write_mnist(tmp_path)
+    curves = []
+    for _ in range(2):
+        run_mnist(tmp_path, "--optimizer", "sgd", "--lr", "0.1", "--seed", "3")
+        run = json.loads((tmp_path / "out" / "mnist.json").read_text())["runs"]["sgd"]
+        curves.append((run["loss"], run["accuracy"]))
+    assert curves[0] == curves[1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--epochs", "0"], "must be at least 1"),
+        (["--data-dir", "nowhere"], "nowhere lacks the MNIST files"),
+    ],
+)
+def test_mnist_refuses(tmp_path, arguments, message):
+    done = run_mnist(tmp_path, *arguments)
+    assert done.returncode == 2
+    assert message in done.stderr
+
+
+def test_readme_code_runs():
+    blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    assert blocks
+    model = nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 3))
+    before = [p.clone() for p in model.parameters()]
+    x, y = torch.randn(6, 4), torch.arange(6) % 3
+    exec("\n".join(blocks), {"model": model, "loss_fn": F.cross_entropy, "x": x, "y": y})
+    assert not any(map(torch.equal, before, model.parameters()))
+
+
+def test_readme_names_what_there_is():
+    names = re.findall(r"^\| `(\w+)\(", README, re.MULTILINE)
+    assert names
+    assert [name for name in names if not hasattr(curvopt, name)] == []
+
+
+def test_readme_links_lead_somewhere():
+    links = re.findall(r"\]\((?!http)([^)#]+)", README)
+    assert [link for link in links if not (ROOT / link).exists()] == []
