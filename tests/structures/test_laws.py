@@ -1,0 +1,216 @@
+"""Every structure, every reduction: the fast way gives the numbers of the formed rows."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from curvopt.structures import (
+    Dense,
+    Disjoint,
+    Outer,
+    Pulled,
+    Scale,
+    Shift,
+    Structure,
+    Total,
+    base,
+    total,
+)
+from tests.oracles import assert_close
+
+N = 3
+
+
+def normal(*shape):
+    return torch.randn(shape, dtype=torch.float64, requires_grad=True)
+
+
+# Makers of a structure and of its rows [V, N, *shape], by the definition.
+
+
+def dense(v=2, shape=(2, 3)):
+    values = normal(v, N, *shape)
+    return Dense(values), values
+
+
+def outer(v, groups, tokens, outputs, inputs, shape=None, transposed=False):
+    left, right = normal(v, N, groups, tokens, outputs), normal(N, groups, tokens, inputs)
+    rows = torch.einsum("vngto,ngti->vngoi", left, right)
+    rows = (rows.mT if transposed else rows).flatten(2, 3)
+    shape = torch.Size(shape or rows.shape[2:])
+    return Outer(left, right, shape, transposed=transposed), rows.reshape(v, N, *shape)
+
+
+def broadcast(cotangent, aligned, shape):
+    lead = cotangent.shape[:2]
+    return cotangent.sum_to_size(*lead, *aligned).reshape(*lead, *shape)
+
+
+def shift(v, rest, aligned, shape):
+    cotangent = normal(v, N, *rest)
+    return Shift(cotangent, torch.Size(shape), aligned), broadcast(cotangent, aligned, shape)
+
+
+def scale(v, rest, aligned, shape, factor):
+    cotangent, factor = normal(v, N, *rest), normal(*factor)
+    rows = broadcast(cotangent * factor, aligned, shape)
+    return Scale(cotangent, factor, torch.Size(shape), aligned), rows
+
+
+def pulled(derive, isometry=False):
+    parameter = normal(3, 4)
+    value = derive(parameter)
+    inner, rows = dense(shape=value.shape)
+    rows = [
+        torch.autograd.grad(value, parameter, r, create_graph=True)[0] for r in rows.flatten(0, 1)
+    ]
+    structure = Pulled(inner, value, parameter, isometry=isometry, create_graph=True)
+    return structure, torch.stack(rows).unflatten(0, (2, N))
+
+
+def halves(kind):
+    """Two uses of separate halves of one parameter."""
+    parameter = normal(4, 3)
+    parts = [dense(), dense()]
+    structures = [
+        Pulled(inner, part, parameter, isometry=True, create_graph=True)
+        for (inner, _), part in zip(parts, parameter.split(2), strict=True)
+    ]
+    return kind(structures), torch.cat([rows for _, rows in parts], 2)
+
+
+def several(kind, *parts):
+    structures, rows = zip(*parts, strict=True)
+    return kind(list(structures)), sum(rows)
+
+
+STRUCTURES = {
+    "dense": dense,
+    "dense-scalar": lambda: dense(shape=()),
+    "outer": lambda: outer(1, 1, 1, 4, 3),
+    "outer-columns": lambda: outer(2, 1, 1, 4, 3),
+    "outer-transposed": lambda: outer(2, 1, 1, 4, 3, transposed=True),
+    "outer-groups": lambda: outer(2, 2, 1, 2, 3),
+    "outer-tokens-few": lambda: outer(1, 1, 2, 8, 9),
+    "outer-tokens-few-columns": lambda: outer(2, 1, 2, 9, 8, transposed=True),
+    "outer-tokens-many": lambda: outer(1, 1, 7, 2, 3),
+    "outer-tokens-many-columns": lambda: outer(2, 1, 7, 3, 2),
+    "outer-tokens-transposed": lambda: outer(1, 1, 7, 3, 2, transposed=True),
+    "outer-convolution": lambda: outer(2, 2, 5, 2, 6, shape=(4, 2, 3)),
+    "shift": lambda: shift(1, (1, 4), (1, 4), (4,)),
+    "shift-tokens": lambda: shift(2, (5, 4), (1, 4), (4,)),
+    "shift-channels": lambda: shift(2, (1, 4, 2, 3), (1, 4, 1, 1), (4,)),
+    "shift-scalar": lambda: shift(2, (5, 4), (1, 1), ()),
+    "scale": lambda: scale(1, (1, 4), (1, 4), (4,), (N, 1, 4)),
+    "scale-tokens": lambda: scale(2, (5, 4), (1, 4), (4,), (N, 5, 4)),
+    "scale-broadcast-factor": lambda: scale(2, (5, 2, 3), (1, 2, 1), (2,), (N, 1, 1, 3)),
+    "pulled-transposed": lambda: pulled(lambda w: w.t(), isometry=True),
+    "pulled-slice": lambda: pulled(lambda w: w[1:, ::2], isometry=True),
+    "pulled-normalized": lambda: pulled(lambda w: F.normalize(w, dim=1)),
+    "pulled-repeated": lambda: pulled(lambda w: w.repeat(2, 1)),
+    "total": lambda: several(Total, dense(shape=(4, 3)), outer(2, 1, 5, 4, 3)),
+    "total-shift": lambda: several(Total, shift(2, (5, 4), (1, 4), (4,)), dense(shape=(4,))),
+    "total-outers": lambda: several(total, outer(2, 1, 1, 4, 3), outer(2, 1, 5, 4, 3)),
+    "total-layouts": lambda: several(
+        total, outer(1, 1, 1, 4, 3), outer(1, 1, 5, 3, 4, transposed=True)
+    ),
+    "disjoint": lambda: halves(Disjoint),
+    "total-separate": lambda: halves(total),
+}
+
+REDUCTIONS = {  # by their definition, from rows [V, N, *shape]
+    "form": (lambda s: s.form(), lambda rows: rows),
+    "rows": (lambda s: s.rows(1, 3), lambda rows: rows[:, 1:3]),
+    "sum": (lambda s: s.sum(), lambda rows: rows.sum((0, 1))),
+    "weighted-sum": (
+        lambda s: s.sum(WEIGHTS),
+        lambda rows: torch.einsum("n,vn...->...", WEIGHTS, rows),
+    ),
+    "sum-of-squares": (lambda s: s.sum_of_squares(), lambda rows: rows.square().sum((0, 1))),
+    "moments": (
+        lambda s: torch.stack(s.moments()),
+        lambda rows: torch.stack([rows.sum((0, 1)), rows.square().sum((0, 1))]),
+    ),
+    "batch-sum-of-squares": (
+        lambda s: s.batch_sum_of_squares(),
+        lambda rows: rows.square().sum(0),
+    ),
+    "squared-norms": (
+        lambda s: s.squared_norms(),
+        lambda rows: rows.reshape(*rows.shape[:2], -1).square().sum(-1),
+    ),
+    "dots": (
+        lambda s: s.dots(torch.ones(s.shape, dtype=torch.float64).cumsum(0)),
+        lambda rows: (
+            (rows * torch.ones(rows.shape[2:], dtype=torch.float64).cumsum(0))
+            .reshape(*rows.shape[:2], -1)
+            .sum(-1)
+        ),
+    ),
+}
+WEIGHTS = torch.tensor([0.5, -2.0, 0.0], dtype=torch.float64)
+
+
+@pytest.fixture(params=[base.BLOCK, 1], ids=["one-block", "many-blocks"])
+def blocks(request, monkeypatch):
+    monkeypatch.setattr(base, "BLOCK", request.param)
+
+
+@pytest.mark.usefixtures("blocks")
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_reduction_equals_the_formed_rows(structure, reduction):
+    value, rows = STRUCTURES[structure]()
+    fast, definition = REDUCTIONS[reduction]
+    assert_close(fast(value), definition(rows), 1e-12)
+
+
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_says_its_sizes(structure):
+    value, rows = STRUCTURES[structure]()
+    assert (value.columns, value.samples, *value.shape) == rows.shape
+
+
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_reductions_are_differentiable(structure):
+    value, rows = STRUCTURES[structure]()
+    leaves = list(leaves_of(rows.clone()))
+    for fast, definition in REDUCTIONS.values():
+        slopes, truth = (
+            torch.autograd.grad(
+                result.square().sum(), leaves, retain_graph=True, materialize_grads=True
+            )
+            for result in (fast(value), definition(rows))
+        )
+        for slope, expected in zip(slopes, truth, strict=True):
+            assert_close(slope, expected, 1e-12)
+
+
+def leaves_of(tensor):
+    """Leaves of the graph of a tensor."""
+    nodes, seen = [tensor.grad_fn], set()
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            yield node.variable
+        nodes += [parent for parent, _ in node.next_functions]
+
+
+def test_uses_that_overlap_are_not_disjoint():
+    parameter = normal(4, 3)
+    parts = [
+        Pulled(dense(shape=(3, 3))[0], p, parameter, isometry=True)
+        for p in (parameter[:3], parameter[1:])
+    ]
+    assert type(total(parts)) is Total
+
+
+def test_every_structure_has_a_row():
+    def subclasses(kind):
+        return {kind}.union(*map(subclasses, kind.__subclasses__()))
+
+    tested = {type(make()[0]) for make in STRUCTURES.values()}
+    assert subclasses(Structure) - {Structure} == tested
