@@ -32,7 +32,8 @@ LIBRARIES = (
 SLICE = 0.02  # seconds: a shorter variant is repeated within its turn until it fills one slice
 WARMUP = 2
 
-Variant = Callable[[], Any]
+Variant = Callable[[], Any]  # one call is what is timed
+Start = Callable[[], Variant]  # builds a variant with all that it needs
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # the profiler announces itself on stderr otherwise
 
@@ -132,23 +133,23 @@ def _timed(run: Variant, repeats: int, device: torch.device) -> float:
     return (time.perf_counter() - start) / repeats
 
 
-def peak_memory(run: Variant, device: torch.device) -> int:
-    """Bytes at the peak of one call, beyond what was held before it.
+def peak_memory(start: Start, device: torch.device) -> int:
+    """Bytes at the peak of everything a variant holds: weights, batch, state and work.
 
-    Counted by PyTorch's own allocator: on a GPU its peak statistics, on a CPU every allocation and
-    release that the profiler sees. Memory that a math library takes from the system by itself is in
-    neither.
+    Counted by PyTorch's own allocator from before the variant is built to the end of its second
+    call: on a GPU by its peak statistics, on a CPU from every allocation and release that the
+    profiler sees. Memory that a math library takes from the system by itself is in neither.
     """
     gc.collect()
     if device.type == "cuda":
         synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
-        run()
+        _twice(start)
         synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        run()
+        _twice(start)
     events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
     held = peak = 0
     for event in sorted(events, key=lambda e: e.start_ns()):
@@ -157,21 +158,27 @@ def peak_memory(run: Variant, device: torch.device) -> int:
     return peak
 
 
+def _twice(start: Start) -> None:
+    run = start()
+    run()
+    run()
+
+
 def measure(
-    variants: dict[str, Variant], base: str, rounds: int, device: torch.device
-) -> dict[str, dict[str, float]]:
+    starts: dict[str, Start], base: str, rounds: int, device: torch.device
+) -> dict[str, dict[str, Any]]:
     """Time and peak memory of each variant, and both as a ratio to the variant `base`."""
-    peaks = {name: peak_memory(run, device) for name, run in variants.items()}
-    times = interleave(variants, rounds, device)
+    peaks = {name: peak_memory(start, device) for name, start in starts.items()}
+    times = interleave({name: start() for name, start in starts.items()}, rounds, device)
     return {
         name: {
             "seconds": statistics.median(times[name]),
             "ratio": statistics.median(ratios(times, name, base)),
             "peak_bytes": peaks[name],
-            "peak_ratio": peaks[name] / peaks[base] if peaks[base] else float("nan"),
+            "peak_ratio": peaks[name] / peaks[base],
             "times": times[name],
         }
-        for name in variants
+        for name in starts
     }
 
 

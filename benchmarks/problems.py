@@ -77,8 +77,8 @@ class Transformer(nn.Module):
         self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, vocabulary)
 
     def forward(self, x: Tensor) -> Tensor:
-        # One row of positions per sample: Opacus cannot do without it.
-        positions = torch.arange(x.shape[1], device=x.device).expand_as(x)
+        # Opacus needs the positions of every sample, laid out in memory.
+        positions = torch.arange(x.shape[1], device=x.device).expand_as(x).contiguous()
         hidden = self.blocks(self.tokens(x) + self.positions(positions))
         return self.head(self.norm(hidden)).flatten(0, 1)
 
@@ -122,6 +122,7 @@ class Timed:
     title: str = ""
 
     def build(self, device: torch.device) -> tuple[nn.Module, Tensor, Tensor]:
+        torch.manual_seed(0)  # the same weights and the same batch every time
         x, y = self.batch(self.size)
         return self.model().to(device), x.to(device), y.to(device)
 

@@ -8,7 +8,6 @@ numbers are comparable, they are compared first.
 
 from __future__ import annotations
 
-import copy
 import statistics
 import warnings
 from collections.abc import Callable
@@ -73,6 +72,16 @@ QUANTITIES = (
 Runs = dict[str, harness.Variant]
 
 
+def plain(model: nn.Module, x: Tensor, y: Tensor) -> harness.Variant:
+    """The unit of time and memory: zero the gradients, go forward, go backward."""
+
+    def run() -> None:
+        model.zero_grad()
+        F.cross_entropy(model(x), y).backward()
+
+    return run
+
+
 def ours(model: nn.Module, x: Tensor, y: Tensor) -> Runs:
     """Our quantities, on the ordinary model."""
     compute, params = harness.find("curvopt.compute"), list(model.parameters())
@@ -93,12 +102,12 @@ def ours(model: nn.Module, x: Tensor, y: Tensor) -> Runs:
 
 
 def backpacks(model: nn.Module, x: Tensor, y: Tensor) -> Runs:
-    """BackPACK's extensions of the same names, on an extended copy of the model."""
+    """BackPACK's extensions of the same names, on the extended model."""
     extend, backpack = harness.find("backpack.extend"), harness.find("backpack.backpack")
     if backpack is None:
         return {}
     warnings.filterwarnings("ignore", message="Full backward hook is firing")
-    model, loss = extend(copy.deepcopy(model)), extend(nn.CrossEntropyLoss())
+    model, loss = extend(model), extend(nn.CrossEntropyLoss())
 
     def run(kind: Callable[[], Any]) -> dict[nn.Parameter, Any]:
         model.zero_grad()
@@ -126,6 +135,9 @@ def funcs(model: nn.Module, x: Tensor, y: Tensor) -> Runs:
     return {q.name: lambda reduce=q.rows: run(reduce) for q in QUANTITIES if q.rows}
 
 
+LIBRARIES = {OURS: ours, BACKPACK: backpacks, FUNC: funcs}
+
+
 def difference(quantity: Quantity, mine: harness.Variant, theirs: harness.Variant, n: int) -> float:
     """The largest relative difference over the parameters, once scaled alike."""
     pairs = zip(mine().values(), theirs().values(), strict=True)
@@ -135,37 +147,29 @@ def difference(quantity: Quantity, mine: harness.Variant, theirs: harness.Varian
 
 def measure(problem: Timed, rounds: int, device: torch.device) -> dict[str, Any]:
     """Checks and times one problem."""
-    model, x, y = problem.build(device)
-    libraries = {
-        OURS: ours(model, x, y),
-        BACKPACK: backpacks(model, x, y),
-        FUNC: funcs(model, x, y),
-    }
+    libraries = {name: make(*problem.build(device)) for name, make in LIBRARIES.items()}
     names = [q.name for q in QUANTITIES if q.name in libraries[OURS] or not libraries[OURS]]
     differences = {}
     for quantity in QUANTITIES:
         pair = [libraries[library].get(quantity.name) for library in (OURS, BACKPACK)]
         if quantity.power is not None and quantity.name in names and all(pair):
-            gap = differences[quantity.name] = difference(quantity, *pair, len(x))
+            gap = differences[quantity.name] = difference(quantity, *pair, problem.size)
             if gap > TOLERANCE:
                 raise SystemExit(
                     f"{problem.name}: {quantity.name} differs from BackPACK's by {gap}"
                 )
 
-    def plain() -> None:
-        model.zero_grad()
-        F.cross_entropy(model(x), y).backward()
+    def start(library: str, name: str) -> harness.Start:
+        return lambda: LIBRARIES[library](*problem.build(device))[name]
 
-    variants = {PLAIN: plain} | {
-        f"{library} {name}": runs[name]
-        for name in names
-        for library, runs in libraries.items()
-        if name in runs
-    }
+    starts: dict[str, harness.Start] = {PLAIN: lambda: plain(*problem.build(device))}
+    for name in names:
+        for library in (library for library, runs in libraries.items() if name in runs):
+            starts[f"{library} {name}"] = start(library, name)
     return {
-        "title": f"{problem.title}, N = {len(x)}",
+        "title": f"{problem.title}, N = {problem.size}",
         "differences": differences,
-        "variants": harness.measure(variants, PLAIN, rounds, device),
+        "variants": harness.measure(starts, PLAIN, rounds, device),
     }
 
 
@@ -203,10 +207,10 @@ def report(result: dict[str, Any]) -> str:
     """The tables of all problems, as Markdown."""
     parts = ["# Cost of each quantity, in plain gradients", harness.sentence(result["machine"])]
     for problem in result["problems"].values():
-        variants, libraries = problem["variants"], (OURS, BACKPACK, FUNC)
+        variants = problem["variants"]
         rows = []
         for quantity in QUANTITIES:
-            cells = [variants.get(f"{library} {quantity.name}") for library in libraries]
+            cells = [variants.get(f"{library} {quantity.name}") for library in LIBRARIES]
             if not any(cells):
                 continue
             share = shares(quantity, variants)
@@ -224,7 +228,7 @@ def report(result: dict[str, Any]) -> str:
                     verdict(quantity, variants),
                 ]
             )
-        header = ["quantity", *libraries, "of theirs", *(f"MB, {x}" for x in libraries)]
+        header = ["quantity", *LIBRARIES, "of theirs", *(f"MB, {x}" for x in LIBRARIES)]
         plain = variants[PLAIN]
         parts += [
             f"## {problem['title']}",
