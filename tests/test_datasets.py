@@ -98,6 +98,7 @@ CORRUPT[15] ^= 255
         ("plain.gz", GOOD, "cannot be read"),
         ("missing", None, "cannot be read"),
     ],
+    ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_bad_files_are_named_with_a_way_out(tmp_path, name, data, message):
     if data is not None:
@@ -163,6 +164,7 @@ def test_download_fills_the_cache_once(cache, mirror):
         (gzip.compress(GOOD)[:-9], "end-of-stream"),
         (b"<html>please log in</html>", "Not a gzipped file"),
     ],
+    ids=["other-file", "cut", "no-gzip"],
 )
 def test_bad_download_leaves_no_file(cache, mirror, capsys, served, reason):
     mirror["t10k-images-idx3-ubyte"] = served
