@@ -1,4 +1,5 @@
 import json
+import os
 import re
 import subprocess
 import sys
@@ -19,7 +20,10 @@ README = (ROOT / "README.md").read_text()
 def run_mnist(tmp_path, *arguments):
     command = [sys.executable, "examples/mnist.py", "--smoke", "--data-dir", str(tmp_path)]
     command += ["--batch-size", "2", "--out", str(tmp_path / "out"), *arguments]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        command, cwd=ROOT, env=one_thread, capture_output=True, text=True, timeout=120
+    )
 
 
 def test_mnist(tmp_path):
