@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from curvopt.privacy.checks import require
 from curvopt.privacy.sampling import SamplerKind
-from curvopt.privacy.schedules import Schedule, value_at
+from curvopt.privacy.schedules import Schedule
 
 Accountant = Literal["pld", "rdp"]
 # (noise multiplier, Poisson rate, how often); the rate 1 means that nothing is amplified.
@@ -104,7 +104,7 @@ class PrivacyReport:
             "adjacency": self.adjacency,
             "trust": "central: the data are seen in the clear by the training run alone",
             "covers": "all iterates of this run, so every checkpoint",
-            "does not": "the choice of hyperparameters, losses and statistics that were looked at",
+            "not covered": "the choice of hyperparameters; losses and norms that were looked at",
             "sampling": self.sampler,
             "mechanism": "Gaussian noise sigma C on the sum of gradients clipped to norm C",
             "accountant": f"{self.accountant}, {self.accountant_version}",
@@ -374,7 +374,7 @@ def calibrate_noise(
                 plan.log(sigma, sample_rate, steps, sampler=sampler)
             else:
                 for step in range(steps):
-                    plan.log(sigma * value_at(schedule, step), sample_rate, sampler=sampler)
+                    plan.log(sigma * schedule(step), sample_rate, sampler=sampler)
             return plan.epsilon(delta, accountant) - target_epsilon
 
     low, high = 0.5, 1.0  # to be widened until low is too little noise, and high enough

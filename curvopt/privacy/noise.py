@@ -50,16 +50,18 @@ def gaussian_noise(
 
     Args:
         like: A tensor whose shape, device and dtype the noise gets (half precisions become
-            float32, for a rounded noise is not Gaussian), or a shape.
+            float32, for a rounded noise is not Gaussian), or a shape (float32).
         std: Standard deviation, for DP-SGD :math:`\sigma C`: noise multiplier times clipping norm.
         generator: Where the randomness comes from, on the device of ``like``. Default: a fresh one,
             seeded by the operating system.
-        secure: Add four draws and halve the sum, which has the same distribution. The value of a
-            single floating-point draw can give away what it was added to; recovering the inputs
-            of the sum is exponentially harder. Costs four times the drawing, hence off by default.
+        secure: Add four float64 draws and halve the sum, which has the same distribution. A single
+            floating-point draw can give away by its last bits what it was added to, and in float32
+            it never goes beyond 5.8 standard deviations; recovering the four is exponentially
+            harder. Add it *before* rounding to float32. Costs at least four times the drawing,
+            hence off by default.
 
     Returns:
-        A new tensor of the shape of ``like``.
+        A new tensor of the shape of ``like``; float64 if ``secure``.
 
     Raises:
         CurvoptError: ``std`` is negative or not finite.
@@ -72,17 +74,19 @@ def gaussian_noise(
         Holohan and Braghin 2021, Secure random sampling in differential privacy, arXiv 2107.10138.
     """
     require(0 <= std < math.inf, "noise standard deviation", std, "must be finite and at least 0")
-    if isinstance(like, Tensor):
-        dtype = torch.promote_types(like.dtype, torch.float32)
-        noise = torch.empty(like.shape, dtype=dtype, device=like.device)
-    else:
-        noise = torch.empty(tuple(like), device=generator.device if generator else "cpu")
+    if not isinstance(like, Tensor):
+        like = torch.empty(tuple(like), device=generator.device if generator else "cpu")
     if generator is None:
-        generator = generator_from_key(key_from(None), noise.device)
-    if not secure:
+        generator = generator_from_key(key_from(None), like.device)
+    dtype = torch.float64 if secure else torch.promote_types(like.dtype, torch.float32)
+
+    def draw(std: float) -> Tensor:
+        noise = torch.empty(like.shape, dtype=dtype, device=like.device)
         return noise.normal_(0, std, generator=generator)
-    draws = [torch.empty_like(noise).normal_(0, std, generator=generator) for _ in range(4)]
-    return (draws[0] + draws[1] + draws[2] + draws[3]).div_(2)
+
+    if not secure:
+        return draw(std)
+    return draw(std / 2).add_(draw(std / 2)).add_(draw(std / 2)).add_(draw(std / 2))
 
 
 class GaussianNoise:
