@@ -227,7 +227,7 @@ class PrivacyLedger:
         """The epsilon spent so far: an upper bound, also where it was computed numerically.
 
         Cheap enough to call every epoch: settled phases are composed once. The first call for a
-        noise multiplier takes some tenths of a second; one that is below 0.5 or changes all the
+        noise multiplier takes some tenths of a second; one that is below 0.4 or changes all the
         time takes longer (from 33 different ones on, they are rounded down by up to 2 %, which
         overstates epsilon a little).
 
@@ -414,7 +414,7 @@ def _epsilon(releases: Releases, delta: float, accountant: Accountant) -> float:
         return _epsilon_rdp(releases, delta)
     # The support of the loss grows with 1 / sigma^2. A wider grid is coarser, still pessimistic.
     smallest = min(sigma for sigma, _, _ in releases)
-    interval = 1e-4 * max(1.0, (0.5 / smallest) ** 2)
+    interval = 1e-4 * max(1.0, (0.4 / smallest) ** 2)
     return float(_composed(releases, interval).get_epsilon_for_delta(delta))
 
 

@@ -128,7 +128,7 @@ def test_schedules():
         (lambda: LinearSchedule(1.0, 2.0, 0), "Invalid schedule length: 0"),
         (lambda: CosineSchedule(1.0, 2.0, 5, every=0), "Invalid schedule interval: 0"),
         (lambda: ExponentialSchedule(1.0, 0.5, every=0), "Invalid schedule interval: 0"),
-        (lambda: PiecewiseSchedule({1: 1.0}), "Invalid pieces: .* one must start at step 0"),
+        (lambda: PiecewiseSchedule({1: 1.0}), r"Invalid pieces: .*\(one must start at step 0"),
     ],
 )
 def test_bad_schedules_are_refused(wrong, message):

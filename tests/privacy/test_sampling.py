@@ -2,6 +2,7 @@
 
 import collections
 import io
+import itertools
 
 import pytest
 import torch
@@ -132,7 +133,9 @@ def test_ranks_share_a_logical_batch_without_overlap():
         PoissonBatchSampler(103, 0.4, generator=seeded(), rank=r, num_replicas=3) for r in range(3)
     ]
     parts = [sampler.batch(7) for sampler in ranks]
-    assert sorted(sum(parts, [])) == PoissonBatchSampler(103, 0.4, generator=seeded()).batch(7)
+    assert sorted(itertools.chain(*parts)) == PoissonBatchSampler(
+        103, 0.4, generator=seeded()
+    ).batch(7)
     assert all(i % 3 == r for r, part in enumerate(parts) for i in part)
 
 
