@@ -152,7 +152,7 @@ METHODS: dict[str, Method] = named(
     Method(
         "Shampoo",  # one singular value decomposition per axis and 20 steps
         loop("torch_optimizer.Shampoo", update_freq=20),
-        *(0.1, 1e-3, 1.0),
+        *(0.1, 1e-6, 1e-1),
         needs="torch_optimizer.Shampoo",
         skip=("2c2d",),
     ),
