@@ -1,0 +1,281 @@
+"""The benchmarks' own machinery; how fast anything is, is measured there and not here."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+pytest.importorskip("matplotlib")
+pytest.importorskip("tqdm")
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "benchmarks"))  # scripts, not a package
+harness, optimizers, private_step, problems, quantities, report = map(
+    import_module,
+    ("harness", "optimizers", "private_step", "problems", "quantities", "report"),
+)
+CPU = torch.device("cpu")
+THREADS = ["--threads", str(torch.get_num_threads())]
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    """A problem of each kind that takes no time: `tiny`."""
+
+    def data():
+        generator = torch.Generator().manual_seed(0)
+        x = torch.randn(96, 6, generator=generator)
+        y = x[:, :3].argmax(1)
+        parts = zip(("train", "validation", "test"), x.split(32), y.split(32), strict=True)
+        return {name: problems.Split(*part) for name, *part in parts}
+
+    def model():
+        return problems.mlp(6, 5, 3)
+
+    timed = problems.Timed("tiny", model, lambda n: (torch.rand(n, 6), torch.randint(3, (n,))), 4)
+    monkeypatch.setitem(problems.CLASSIFIERS, "tiny", timed)
+    training = problems.Training("tiny", model, data, steps=10, quick=10, size=8, title="tiny")
+    monkeypatch.setitem(problems.TRAINING, "tiny", training)
+    return training
+
+
+def campaign(out, *options, methods=("SGD, momentum", "Adam")):
+    chosen = [word for name in methods for word in ("--method", name)]
+    settings = ["--problem", "tiny", "--evaluations", "5", "--seeds", "2", "--trials", "2"]
+    optimizers.main([*settings, *chosen, *THREADS, "--out", str(out), *options])
+    return optimizers.load(out)
+
+
+def without_time(record):
+    return {name: value for name, value in record.items() if name not in ("seconds", "machine")}
+
+
+# ---------------------------------------------------------------------------------------- harness
+
+
+def test_peak_memory_is_what_was_held_at_once():
+    def start():
+        kept = torch.empty(1000)
+
+        def run():
+            torch.empty(500)
+            return torch.empty(200) + kept[:200]
+
+        return run
+
+    assert harness.peak_memory(start, CPU) == 4 * (1000 + 500)
+
+
+def test_every_round_times_every_variant():
+    calls = []
+    variants = {name: lambda name=name: calls.append(name) for name in "abc"}
+    times = harness.interleave(variants, 4, CPU, slice_seconds=0.0)
+    assert {name: len(values) for name, values in times.items()} == {"a": 4, "b": 4, "c": 4}
+    rounds = [calls[i : i + 3] for i in range(3 * harness.WARMUP, len(calls), 3)]
+    assert all(sorted(names) == ["a", "b", "c"] for names in rounds)
+    assert len({tuple(names) for names in rounds}) > 1  # each in its own order
+
+
+def test_find_gives_none_for_what_is_missing():
+    assert harness.find("torch.optim.SGD") is torch.optim.SGD
+    assert harness.find("torch.optim.Nothing") is None
+    assert harness.find("no_such_package.Name") is None
+
+
+@pytest.mark.parametrize("script", [quantities, private_step])
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")
+def test_timed_benchmarks_run(script, tiny, tmp_path):
+    script.main(["--problem", "tiny", "--rounds", "1", *THREADS, "--out", str(tmp_path)])
+    name = script.__name__
+    result = json.loads((tmp_path / f"{name}.json").read_text())
+    assert result["machine"]["versions"]["torch"]
+    assert result["machine"]["seed"] == 0
+    variants = result["problems"]["tiny"]["variants"]
+    assert all(v["seconds"] > 0 and v["peak_bytes"] > 0 for v in variants.values())
+    assert variants[script.PLAIN]["ratio"] == 1
+    assert "| :-- |" in (tmp_path / f"{name}.md").read_text()
+
+
+def test_verdict_names_what_is_missed():
+    def variant(seconds, ratio, peak):
+        return {"times": [seconds], "ratio": ratio, "peak_bytes": peak}
+
+    quantity = quantities.Quantity("Variance", "variance", limit=0.5, plain=1.4)
+    variants = {"curvopt Variance": variant(1, 1.2, 5), "BackPACK Variance": variant(4, 5, 9)}
+    assert quantities.verdict(quantity, variants) == "met"
+    variants["curvopt Variance"] = variant(3, 1.5, 10)
+    assert quantities.verdict(quantity, variants) == "misses time, plain, memory"
+
+
+# ------------------------------------------------------------------------------------- optimizers
+
+
+def test_same_command_twice_gives_the_same_curves(tiny, tmp_path):
+    first, second = (campaign(tmp_path / name) for name in ("a.jsonl", "b.jsonl"))
+    assert len(first) == 2 * (2 + 2 * 2)  # methods x (trials + seeds x tracks)
+    assert list(map(without_time, first)) == list(map(without_time, second))
+
+
+def test_interrupted_campaign_goes_on_where_it_stopped(tiny, tmp_path):
+    path = tmp_path / "runs.jsonl"
+    whole = campaign(path)
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(lines[:5]) + lines[5][:40])  # cut in the middle of a line
+    resumed = campaign(path)
+    assert resumed[:5] == whole[:5]  # kept as they were, with their times
+    key = optimizers.identity
+    again = {key(r): without_time(r) for r in resumed}
+    assert again == {key(r): without_time(r) for r in whole}
+    assert campaign(path) == resumed  # nothing left to do
+
+
+def test_more_seeds_keep_the_finished_ones(tiny, tmp_path):
+    path = tmp_path / "runs.jsonl"
+    before = campaign(path, "--seeds", "1", "--trials", "0")
+    after = campaign(path, "--seeds", "2", "--trials", "0")
+    assert after[: len(before)] == before
+    assert len(after) == 2 * len(before)
+
+
+@pytest.mark.parametrize("name", ["SGD, momentum", "Adam"])
+def test_baseline_equals_a_loop_by_hand(name, tiny):
+    method, data = optimizers.METHODS[name], tiny.data()
+    values = ("tiny", name, "defaults", 1, method.lr, 10)
+    key = dict(zip(optimizers.KEY, values, strict=True))
+    run = optimizers.Run(tiny, method, data, key, evaluations=10)
+    while not run.done:
+        run.advance()
+
+    torch.manual_seed(1)
+    model = tiny.model()
+    params = list(model.parameters())
+    m, v = ([torch.zeros_like(p) for p in params] for _ in range(2))
+    generator = torch.Generator().manual_seed(1)
+    epochs = [torch.randperm(32, generator=generator).split(8) for _ in range(3)]
+    losses = []
+    for t, indices in enumerate([batch for epoch in epochs for batch in epoch][:10], start=1):
+        loss = F.cross_entropy(model(data["train"].x[indices]), data["train"].y[indices])
+        losses.append(loss.item())
+        for i, gradient in enumerate(torch.autograd.grad(loss, params)):
+            with torch.no_grad():
+                if name == "Adam":
+                    m[i] = 0.9 * m[i] + 0.1 * gradient
+                    v[i] = 0.999 * v[i] + 0.001 * gradient**2
+                    scale = (v[i] / (1 - 0.999**t)).sqrt() + 1e-8
+                    params[i] -= method.lr * m[i] / (1 - 0.9**t) / scale
+                else:
+                    m[i] = 0.9 * m[i] + gradient
+                    params[i] -= method.lr * m[i]
+    assert run.curves["loss"] == pytest.approx(losses, rel=1e-5)
+
+
+def test_diverged_run_is_recorded_not_hidden(tiny):
+    method = optimizers.METHODS["SGD"]
+    key = dict(zip(optimizers.KEY, ("tiny", "SGD", "defaults", 1, 1e30, 10), strict=True))
+    run = optimizers.Run(tiny, method, tiny.data(), key, evaluations=2)
+    while not run.done:
+        run.advance()
+    assert run.record()["diverged"]
+    assert run.record()["test_accuracy"] is None
+    assert optimizers.score(run.record()) == 0
+
+
+def test_an_error_is_not_taken_for_divergence(tiny):
+    def start(model, lr):
+        calls = []
+
+        def step(x, y):
+            calls.append(x)
+            if len(calls) > 2:  # past the warm-up
+                raise ValueError("a mistake")
+            return F.cross_entropy(model(x), y).detach()
+
+        return step
+
+    method = optimizers.Method("broken", start, 0.1, 0.01, 1.0)
+    key = dict(zip(optimizers.KEY, ("tiny", "broken", "defaults", 1, 0.1, 10), strict=True))
+    with pytest.raises(ValueError, match="a mistake"):
+        optimizers.Run(tiny, method, tiny.data(), key, evaluations=1).advance()
+
+
+# ----------------------------------------------------------------------------------------- report
+
+
+def record(method, track, seed, lr, accuracy, seconds=1.0, **others):
+    values = ("tiny", method, track, seed, lr, 10)
+    return {
+        **dict(zip(optimizers.KEY, values, strict=True)),
+        "diverged": False,
+        "test_accuracy": accuracy[-1],
+        "at": [5, 10],
+        "seconds": [seconds, 2 * seconds],
+        "loss": [1.0, 0.5],
+        "validation_loss": [1.0, 0.5],
+        "validation_accuracy": accuracy,
+        "machine": harness.machine(),
+        **others,
+    }
+
+
+@pytest.fixture
+def runs(tiny):
+    return report.Runs(
+        [
+            record("SGD", "defaults", 1, 0.1, [0.1, 0.2]),
+            record("SGD, momentum", "trial", 0, 0.01, [0.4, 0.6]),
+            record("SGD, momentum", "trial", 0, 0.1, [0.6, 0.8]),
+            record("SGD, momentum", "tuned", 1, 0.1, [0.7, 0.9]),
+            record("SGD, momentum", "tuned", 2, 0.1, [0.7, 0.8]),
+            record("SGD, momentum", "defaults", 1, 0.05, [0.7, 0.9]),
+            record("Adam", "defaults", 1, 0.001, [0.8, 0.9], seconds=3.0),
+            record("Adam", "defaults", 2, 0.001, [0.1, 0.2], seconds=3.0, diverged=True),
+        ]
+    )
+
+
+def test_report_reads_off_targets_times_and_costs(runs):
+    assert runs.targets == {"tiny": 0.8}
+    assert runs.to_target("seconds", method="SGD, momentum", track="defaults") == [2.0]
+    assert runs.to_target("at", method="Adam") == [5, float("inf")]
+    assert runs.cost("tiny", "Adam") == pytest.approx(3)
+    assert runs.ratios("defaults", "Adam") == [1.5, float("inf")]
+    assert runs.ratios("defaults", "SGD, momentum") == [1.0]
+    tables = report.tables(runs)
+    assert "| SGD, momentum | 2 |" in tables["time-defaults"]
+    assert "| SGD | miss |" in tables["time-defaults"]
+    assert "| SGD, momentum | 0.1 (edge) |" in tables["lr"]
+
+
+def test_report_writes_page_and_pictures(runs, tmp_path):
+    path, readme = tmp_path / "runs.jsonl", tmp_path / "README.md"
+    path.write_text("".join(json.dumps(r) + "\n" for r in runs.records))
+    readme.write_text("before\n<!-- table cost -->\nold\n<!-- end -->\nafter\n")
+    report.main(["--runs", str(path), "--out", str(tmp_path), "--into", str(readme)])
+    pictures = {p.stem for p in tmp_path.glob("*.png")}
+    assert pictures >= {"curves-defaults", "time-tuned", "profile", "sensitivity", "cost"}
+    page = (tmp_path / "optimizers.md").read_text()
+    cost = report.tables(runs)["cost"]
+    assert cost in page
+    assert readme.read_text() == f"before\n<!-- table cost -->\n{cost}\n<!-- end -->\nafter\n"
+
+
+def test_report_without_runs_says_what_to_do(tmp_path):
+    with pytest.raises(SystemExit, match=re.escape("optimizers.py")):
+        report.main(["--runs", str(tmp_path / "none.jsonl"), "--out", str(tmp_path)])
+
+
+@pytest.mark.parametrize("page", ["README.md", "benchmarks/results/optimizers.md"])
+def test_published_tables_are_those_of_the_committed_runs(page):
+    records = optimizers.load(harness.RESULTS / "optimizers.jsonl")
+    if not records or not (ROOT / page).exists():
+        pytest.skip("no committed runs")
+    runs, text = report.Runs(records), (ROOT / page).read_text()
+    expected = report.embed(text, report.tables(runs)) if page == "README.md" else report.page(runs)
+    assert text == expected
