@@ -1,0 +1,45 @@
+"""Curvature-aware optimizers for any PyTorch model, on one engine for per-sample quantities."""
+
+from curvopt.api import compute, record
+from curvopt.engine.compute import Result, SlowPathWarning
+from curvopt.engine.registry import register_rule
+from curvopt.errors import CurvoptError
+from curvopt.quantities import (
+    BatchDiagGGNExact,
+    BatchDiagGGNMC,
+    BatchGrad,
+    BatchL2Grad,
+    ClippedGradSum,
+    DiagGGNExact,
+    DiagGGNMC,
+    Gradient,
+    Quantity,
+    SqrtGGNExact,
+    SqrtGGNMC,
+    SumGradSquared,
+    Variance,
+)
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BatchDiagGGNExact",
+    "BatchDiagGGNMC",
+    "BatchGrad",
+    "BatchL2Grad",
+    "ClippedGradSum",
+    "CurvoptError",
+    "DiagGGNExact",
+    "DiagGGNMC",
+    "Gradient",
+    "Quantity",
+    "Result",
+    "SlowPathWarning",
+    "SqrtGGNExact",
+    "SqrtGGNMC",
+    "SumGradSquared",
+    "Variance",
+    "compute",
+    "record",
+    "register_rule",
+]

@@ -1,0 +1,115 @@
+"""The two doors to the engine: `compute` with a closure, `record` without."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from curvopt.engine.compute import Computation, Result, quantities_of
+from curvopt.engine.tape import Tape
+from curvopt.errors import CurvoptError
+from curvopt.quantities import Gradient, Quantity
+
+Params = Iterable[Tensor] | Iterable[tuple[str, Tensor]]
+
+
+class Recording(Tape):
+    """A recorded forward pass, open to any number of `compute` calls; see `record`."""
+
+    def compute(self, loss: Tensor, *quantities: Quantity, reduction: str | None = None) -> Result:
+        """Compute quantities of a loss that was recorded.
+
+        Args:
+            loss: a scalar, computed inside the ``with`` block.
+            *quantities: what to compute.
+            reduction: ``"mean"`` or ``"sum"``: how a loss written by hand is reduced over samples.
+        """
+        asked = quantities_of(quantities)
+        computation = Computation(self, loss, reduction)
+        values = computation.run(asked) if asked else {}
+        result = Result(computation.loss.detach(), lambda: _complete(computation))
+        for field, value in values.items():
+            setattr(result, field, value)
+        return result
+
+
+def _complete(computation: Computation) -> dict[Tensor, Tensor]:
+    gradient = computation.gradient()
+    return {p: gradient.get(p, torch.zeros_like(p)) for p in computation.tape.params}
+
+
+def record(
+    params: Params, *, batch_size: int | None = None, create_graph: bool = False
+) -> Recording:
+    """Record a forward pass, to compute quantities of its loss.
+
+    Args:
+        params: parameters, or (name, parameter) pairs; names appear in messages.
+        batch_size: number of samples, where the first op and the loss do not tell.
+        create_graph: keep the quantities differentiable in the parameters and inputs.
+
+    Returns:
+        A context manager; inside it any model may run, unmodified.
+
+    Example:
+        >>> with curvopt.record(model.parameters()) as tape:
+        ...     loss = torch.nn.functional.cross_entropy(model(x), y)
+        >>> result = tape.compute(loss, curvopt.Variance())
+    """
+    return Recording(params, batch_size=batch_size, create_graph=create_graph)
+
+
+def compute(
+    closure: Callable[[], Any],
+    params: Params,
+    *quantities: Quantity,
+    batch_size: int | None = None,
+    reduction: str | None = None,
+    create_graph: bool = False,
+) -> Result:
+    """Compute quantities of the loss that a closure returns, in one forward pass.
+
+    Args:
+        closure: runs the model and returns the loss; it may call ``backward()`` on it, which
+            then also adds the gradient to ``p.grad`` as usual.
+        params: parameters, or (name, parameter) pairs; names appear in messages.
+        *quantities: what to compute; those with the same cotangent share one backward pass.
+        batch_size: number of samples, where the first op and the loss do not tell.
+        reduction: ``"mean"`` or ``"sum"``: how a loss written by hand is reduced over samples.
+        create_graph: keep the quantities differentiable in the parameters and inputs.
+
+    Returns:
+        A result with a mapping from parameters to values per quantity, ``loss``, and ``grad``.
+
+    Raises:
+        CurvoptError: something cannot be computed exactly; the message says what to do.
+
+    Example:
+        >>> result = curvopt.compute(
+        ...     lambda: torch.nn.functional.cross_entropy(model(x), y),
+        ...     model.parameters(),
+        ...     curvopt.BatchGrad(),
+        ...     curvopt.DiagGGNExact(),
+        ... )
+        >>> result.batch_grad[p], result.diag_ggn_exact[p]
+    """
+    tape = record(params, batch_size=batch_size, create_graph=create_graph)
+    calls: list[Tensor] = []
+    tape.on_backward = lambda loss, *args, **kwargs: calls.append(loss)
+    with torch.enable_grad(), tape:
+        loss = closure()
+    if len(calls) > 1:
+        raise CurvoptError(
+            f"the closure called backward() {len(calls)} times; compute takes one loss: add them"
+        )
+    result = tape.compute(calls[0] if calls else loss, *quantities, reduction=reduction)
+    for loss in calls:
+        for p, grad in result.grad.items():
+            p.grad = grad.clone() if p.grad is None else p.grad + grad
+    return result
+
+
+__all__ = ["Gradient", "Recording", "compute", "record"]

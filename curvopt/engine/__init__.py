@@ -1,0 +1,1 @@
+"""The engine: record the forward pass, send cotangents back, reduce them at every use."""

@@ -1,0 +1,75 @@
+"""Send cotangents from outputs back to the recorded uses."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# Elements of all uses' outputs above which columns are sent one by one: batching them costs
+# autograd more (copies, worse cache use) than it saves in calls.
+BATCH_BELOW = 1 << 18
+
+
+def pull_back(
+    outputs: Sequence[Tensor],
+    cotangents: Sequence[Tensor],
+    inputs: Sequence[Any],
+    *,
+    batched: bool,
+    retain_graph: bool = True,
+    create_graph: bool = False,
+) -> list[Tensor | None]:
+    """Cotangents ``[V, *output.shape]`` at the outputs, carried to the inputs.
+
+    Args:
+        outputs: tensors of the forward pass.
+        cotangents: one per output, all with the same V.
+        inputs: gradient edges or tensors.
+        batched: all columns in one vectorized pass, where every node allows it.
+        retain_graph: keep the graph for a further pass.
+        create_graph: keep the result differentiable.
+
+    Returns:
+        ``[V, *input.shape]`` per input, None where no path leads there.
+    """
+    columns = len(cotangents[0])
+    options = {"allow_unused": True, "create_graph": create_graph}
+    if batched and columns > 1:
+        try:
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "There is a performance drop", UserWarning)
+                return list(
+                    torch.autograd.grad(
+                        outputs,
+                        inputs,
+                        cotangents,
+                        is_grads_batched=True,
+                        retain_graph=True,
+                        **options,
+                    )
+                )
+        except RuntimeError as error:
+            # A node that cannot be vectorized (a custom autograd.Function, compiled code).
+            if "vmap" not in str(error) and "compiled" not in str(error):
+                raise
+    columns_of = []
+    for column in range(columns):
+        columns_of.append(
+            torch.autograd.grad(
+                outputs,
+                inputs,
+                [cotangent[column] for cotangent in cotangents],
+                retain_graph=retain_graph or create_graph or column < columns - 1,
+                **options,
+            )
+        )
+    return [
+        None
+        if grads[0] is None
+        else (torch.stack(grads) if columns > 1 else grads[0].unsqueeze(0))
+        for grads in zip(*columns_of, strict=True)
+    ]

@@ -1,0 +1,563 @@
+"""From a recorded forward pass to quantities: cotangents, one pass each, reductions."""
+
+from __future__ import annotations
+
+import warnings
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from curvopt.engine.backward import BATCH_BELOW, pull_back
+from curvopt.engine.samples import Layout, layouts, sample_counts
+from curvopt.engine.tape import Tape, Use
+from curvopt.engine.terms import loss_terms, upstream, walk
+from curvopt.errors import CurvoptError, Uncovered
+from curvopt.losses import Loss
+from curvopt.losses.base import per_sample
+from curvopt.quantities.base import Context, Cotangent, Quantity
+from curvopt.quantities.first_order import Gradient
+from curvopt.structures import Dense, Pulled, Structure, total
+
+# Bytes of cotangents that one chunk of columns may hold at the uses.
+CHUNK_BYTES = 1 << 26
+
+# Sample axes that were found to hold, by first parameter and signature of the forward pass: a
+# repeated forward pass is not checked again.
+_known_layouts: Any = WeakTensorKeyDictionary()
+
+
+class Values(Mapping[Tensor, Any]):
+    """One quantity's values, keyed by the parameter."""
+
+    def __init__(self, field: str, values: dict[Tensor, Any]):
+        self._field, self._values = field, values
+
+    def __getitem__(self, parameter: Tensor) -> Any:
+        try:
+            return self._values[parameter]
+        except KeyError:
+            raise KeyError(
+                f"{self._field} has no value for this tensor: it was not among the parameters "
+                "given, or it does not require a gradient"
+            ) from None
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return iter(self._values)
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def __repr__(self) -> str:
+        shapes = ", ".join(str(list(getattr(v, "shape", "?"))) for v in self._values.values())
+        return f"{self._field}({shapes})"
+
+
+class Result:
+    """What `compute` returns: the loss, and one mapping from parameters per quantity.
+
+    Attributes:
+        loss: the loss, detached.
+        grad: the gradient of the loss as written; computed when first read unless it was asked for
+            or followed from what was.
+    """
+
+    loss: Tensor
+    batch_grad: Values
+    batch_l2: Values
+    sum_grad_squared: Values
+    variance: Values
+    diag_ggn_exact: Values
+    diag_ggn_mc: Values
+    diag_ggn_exact_batch: Values
+    diag_ggn_mc_batch: Values
+    sqrt_ggn_exact: Values
+    sqrt_ggn_mc: Values
+    clipped_grad_sum: Values
+
+    def __init__(self, loss: Tensor, gradient: Callable[[], dict[Tensor, Tensor]]):
+        self.loss, self._gradient = loss, gradient
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "grad":
+            self.grad = Values("grad", self._gradient())
+            return self.grad
+        raise AttributeError(f"no quantity {name!r} was asked for")
+
+
+Parts = dict[Tensor, list[Structure]]
+
+
+class SlowPathWarning(UserWarning):
+    """Something is computed exactly, but one sample at a time."""
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One set of cotangent columns, as written or of the samples' own losses."""
+
+    cotangent: Cotangent
+    own: bool
+
+
+class Computation:
+    """All quantities of one loss on one recorded forward pass.
+
+    Args:
+        tape: the recording.
+        loss: the loss, a scalar that was computed while recording.
+        reduction: how a loss that was written by hand is reduced over the samples.
+    """
+
+    def __init__(self, tape: Tape, loss: Tensor, reduction: str | None = None):
+        self.tape, self.loss, self.record = tape, loss, tape.record
+        if reduction not in (None, "mean", "sum"):
+            raise ValueError(f"Invalid reduction: {reduction!r} (use 'mean' or 'sum')")
+        self.reduction = reduction
+        self._check_loss()
+        self.terms: list[Loss] = []
+        self.reached: list[Use] = []
+
+    def _check_loss(self) -> None:
+        loss = self.loss
+        if not isinstance(loss, Tensor):
+            raise CurvoptError(
+                f"the closure returned {type(loss).__name__}, not the loss as a tensor"
+            )
+        if loss.ndim and loss.numel() != 1:
+            raise CurvoptError(f"the loss has shape {list(loss.shape)}; reduce it to a scalar")
+        if not loss.requires_grad:
+            raise CurvoptError(
+                "the loss does not depend on any parameter that requires a gradient (was it "
+                "computed under no_grad, or detached?)"
+            )
+        if not torch.isfinite(loss.detach()).all():
+            raise CurvoptError(
+                f"the loss is {loss.item()}, not finite; nothing was changed. Lower the learning "
+                "rate, or look for inputs that are not finite"
+            )
+        if any(leaf.grad is not None for leaf in self.record.leaves):
+            raise CurvoptError(
+                "torch.autograd.backward() went over the recorded graph unseen; call "
+                "loss.backward() instead, once"
+            )
+
+    # -- public -----------------------------------------------------------------------------------
+
+    def run(self, quantities: Sequence[Quantity], *, free: bool = False) -> dict[str, Any]:
+        """Values by quantity's field, as `Values`.
+
+        Args:
+            quantities: what to compute.
+            free: free the graph as the last pass goes over it.
+        """
+        if all(isinstance(quantity, Gradient) for quantity in quantities):
+            return {q.field: Values(q.field, self.gradient(free=free)) for q in quantities}
+        self._prepare()
+        passes = self._passes(quantities)
+        values: dict[str, Any] = {}
+        for index, (one, asked) in enumerate(passes.items()):
+            last = free and index == len(passes) - 1
+            for quantity, result in self._run_pass(one, asked, last).items():
+                values[quantity.field] = Values(quantity.field, result)
+        return values
+
+    def gradient(self, *, free: bool = False) -> dict[Tensor, Tensor]:
+        """Gradient of the loss as written, of the parameters that took part."""
+        params = self.tape.params
+        if self.tape.create_graph:
+            grads = torch.autograd.grad(self.loss, params, allow_unused=True, create_graph=True)
+            return {p: g for p, g in zip(params, grads, strict=True) if g is not None}
+        one = self.loss.new_ones(1, *self.loss.shape)
+        uses, cotangents, direct = self._pull([self.loss], [one], free)
+        self.reached = uses
+        result = {p: grad[0] for p, grad in direct.items()}
+        # A sum over the samples does not need to know them: the batch counts as one sample.
+        whole = {use: Layout("batch", 1, use.shape[0]) if use.shape else None for use in uses}
+        parts, uncovered = self._structures(uses, cotangents, whole)
+        for use in uncovered:
+            leaves = [use.arguments[name] for name in use.values]
+            grads = torch.autograd.grad(self.loss, leaves, retain_graph=True)
+            self._add(parts, use, {n: Dense(g[None, None]) for n, g in zip(use.values, grads)})
+        for p, structures in parts.items():
+            for structure in structures:
+                grad = structure.sum().to(p.dtype)
+                result[p] = result[p] + grad if p in result else grad
+        return result
+
+    # -- the sample axis --------------------------------------------------------------------------
+
+    def _prepare(self) -> None:
+        self.terms = loss_terms(self.loss, self.record, self.reduction)
+        self.upstream = upstream(self.loss, self.terms)
+        self.samples, self.term_layouts, self.use_layouts = self._layouts()
+        self.shares = [
+            term.share(layout) for term, layout in zip(self.terms, self.term_layouts, strict=True)
+        ]
+        first = self.shares[0]
+        #: Every sample of every term has one share: its own loss is the loss times a number.
+        self.uniform = all(not isinstance(s, Tensor) and s == first for s in self.shares)
+
+    def _layouts(self) -> tuple[int, list[Layout], dict[Use, Layout | None]]:
+        """Number of samples, and the sample axis of every term and use, checked once."""
+        uses = self.record.uses
+        known = _known_layouts.setdefault(self.tape.params[0], {})
+        key = (self.record.signature, len(uses), self.tape.batch_size, len(self.tape.params))
+        if key not in known:
+            n, terms, of_uses = self._find_layouts()
+            known[key] = n, terms, [of_uses[use] for use in uses]
+        n, terms, in_order = known[key]
+        return n, terms, dict(zip(uses, in_order, strict=True))
+
+    def _find_layouts(self) -> tuple[int, list[Layout], dict[Use, Layout | None]]:
+        outputs = [term.output for term in self.terms]
+        shapes = [use.shape for use in self.record.uses]
+        given = self.tape.batch_size
+        counts = (
+            [given]
+            if given is not None
+            else sample_counts(shapes[0] if shapes else outputs[0].shape, outputs[0].shape)
+        )
+        mixing = None
+        for n in counts:
+            # All terms share one kind of layout: trying every combination would find chance hits.
+            per_term = [list(layouts(output.shape, n)) for output in outputs]
+            for choice in range(max(map(len, per_term), default=0)):
+                if not all(per_term):
+                    break
+                chosen = [options[min(choice, len(options) - 1)] for options in per_term]
+                found, mixing_here = self._separable(n, outputs, chosen)
+                if found is not None:
+                    return n, chosen, found
+                mixing = mixing or mixing_here
+        if mixing is None:
+            raise CurvoptError(
+                f"the number of samples cannot be read from the first op's output "
+                f"{list(shapes[0]) if shapes else None} and the loss's input "
+                f"{list(outputs[0].shape)}: give batch_size="
+            )
+        raise CurvoptError(
+            f"samples are not separate: the loss of one sample depends on others at {mixing}. "
+            "Per-sample quantities need a model that treats samples one by one (no statistics "
+            "over the batch). If the samples are not on the first axis, give batch_size="
+        )
+
+    def _separable(
+        self, n: int, outputs: list[Tensor], chosen: list[Layout]
+    ) -> tuple[dict[Use, Layout | None] | None, str]:
+        """Find each use's sample axis, given that of the outputs.
+
+        A cotangent is sent back from a random half of the samples; at every use the rows of the
+        other samples must get none of it. This proves the axis, and that samples do not mix.
+        """
+        candidates = {use: list(layouts(use.shape, n)) for use in self.record.uses}
+        if n < 2:
+            return {use: options[0] if options else None for use, options in candidates.items()}, ""
+        generator = torch.Generator().manual_seed(0)
+        chosen_half = torch.randperm(n, generator=generator) < n // 2
+        cotangents = []
+        for output, layout in zip(outputs, chosen, strict=True):
+            noise = torch.rand(output.shape, generator=generator).add_(0.5)
+            half = chosen_half.to(noise.dtype)
+            cotangents.append(per_sample(noise, half, layout).to(output).unsqueeze(0))
+        grads = pull_back(outputs, cotangents, [use.edge for use in candidates], batched=False)
+        others = (~chosen_half).nonzero().squeeze(1)
+        result: dict[Use, Layout | None] = {}
+        for (use, options), grad in zip(candidates.items(), grads, strict=True):
+            if grad is None or not options:
+                result[use] = options[0] if options else None
+                continue
+            clean = (
+                layout
+                for layout in options
+                if not (layout.split(grad[0])[others.to(grad.device)].abs() > 0).any()
+            )
+            result[use] = next(clean, None)
+            if result[use] is None:
+                return None, f"{use.op} (output {list(use.shape)}, {n} samples)"
+        return result, ""
+
+    # -- cotangents -------------------------------------------------------------------------------
+
+    def _passes(self, quantities: Sequence[Quantity]) -> dict[Pass, list[Quantity]]:
+        """Group the quantities by what they need sent back."""
+        by_cotangent: dict[Cotangent, list[Quantity]] = defaultdict(list)
+        for quantity in quantities:
+            by_cotangent[quantity.cotangent].append(quantity)
+        passes: dict[Pass, list[Quantity]] = {}
+        for cotangent, asked in by_cotangent.items():
+            own = any(quantity.own for quantity in asked)
+            same_share = self.uniform or len(self.terms) == 1 and cotangent.kind == "gradient"
+            if same_share and (cotangent.kind == "gradient" or all(q.own for q in asked)):
+                passes[Pass(cotangent, own)] = asked
+            elif self.uniform:
+                passes[Pass(cotangent, False)] = asked
+            else:
+                for kind in (False, True):
+                    part = [quantity for quantity in asked if quantity.own is kind]
+                    if part:
+                        passes[Pass(cotangent, kind)] = part
+        return passes
+
+    def _columns(self, one: Pass) -> Iterator[list[Tensor]]:
+        """Chunks of cotangents, a ``[V, *output.shape]`` per term."""
+        kind, options = one.cotangent.kind, {"create_graph": self.tape.create_graph}
+        inverse = [_inverse(share) if one.own else 1.0 for share in self.shares]
+        if kind == "gradient":
+            chunk = []
+            for term, up, factor, layout in zip(
+                self.terms, self.upstream, inverse, self.term_layouts, strict=True
+            ):
+                (grad,) = torch.autograd.grad(
+                    term.value, term.output, up, retain_graph=True, **options
+                )
+                chunk.append(per_sample(grad, factor, layout).unsqueeze(0))
+            yield chunk
+            return
+        scales = [
+            term.scale(up, factor, layout)
+            for term, up, factor, layout in zip(
+                self.terms, self.upstream, inverse, self.term_layouts, strict=True
+            )
+        ]
+        limit = self._chunk()
+        for index, (term, scale, layout) in enumerate(
+            zip(self.terms, scales, self.term_layouts, strict=True)
+        ):
+            cotangent = one.cotangent
+            count = (
+                cotangent.samples if kind == "sketch" else term.columns_per_sample(layout)
+            )
+            for start in range(0, count, limit):
+                stop = min(start + limit, count)
+                if kind == "sketch":
+                    part = term.sketch(
+                        stop - start, scale, cotangent.estimator, cotangent.generator
+                    ) / cotangent.samples**0.5
+                else:
+                    part = term.columns(start, stop, scale, layout)
+                chunk = [part.new_zeros(()).expand(len(part), *t.output.shape) for t in self.terms]
+                chunk[index] = part if self.tape.create_graph else part.detach()
+                yield chunk
+
+    def _chunk(self) -> int:
+        """Columns that may go together: their cotangents at all uses stay under `CHUNK_BYTES`."""
+        return max(1, CHUNK_BYTES // max(1, 4 * self._elements()))
+
+    def _elements(self) -> int:
+        return sum(use.shape.numel() for use in self.record.uses)
+
+    # -- the pass ---------------------------------------------------------------------------------
+
+    def _run_pass(self, one: Pass, asked: list[Quantity], free: bool) -> dict[Quantity, Any]:
+        share = self.shares[0]
+        results: dict[Quantity, Any] = {}
+        chunks = iter(self._columns(one))
+        outputs = [term.output for term in self.terms]
+        cotangents = next(chunks)
+        while True:
+            following = next(chunks, None)
+            uses, grads, direct = self._pull(outputs, cotangents, free and following is None)
+            self.reached = uses
+            parts, uncovered = self._structures(uses, grads, self.use_layouts)
+            self._go_slowly(uncovered, direct, outputs, cotangents, parts)
+            columns = len(cotangents[0])
+            structures = {
+                p: total(parts[p]) if p in parts else self._nothing(p, columns)
+                for p in self.tape.params
+            }
+            for quantity in asked:
+                context = Context(self.samples, *self._scaling(one, quantity, share))
+                part = quantity.reduce_all(structures, context)
+                if quantity in results:
+                    before = results[quantity]
+                    part = {p: quantity.combine(before[p], part[p]) for p in part}
+                results[quantity] = part
+            if following is None:
+                return results
+            cotangents = following
+
+    def _scaling(
+        self, one: Pass, quantity: Quantity, share: float | Tensor
+    ) -> tuple[float, float | Tensor]:
+        """Factor of the rows, and the share of a sample in a sum over rows."""
+        if one.cotangent.kind == "gradient":
+            return 1.0, share if one.own else 1.0
+        if quantity.own is one.own:
+            return 1.0, 1.0
+        assert not isinstance(share, Tensor)  # only a uniform share mixes the two in one pass
+        return (share**-0.5 if quantity.own else share**0.5), 1.0
+
+    def _pull(
+        self, outputs: list[Tensor], cotangents: list[Tensor], free: bool
+    ) -> tuple[list[Use], list[Tensor], dict[Tensor, Tensor]]:
+        """Cotangents at the uses that were reached, and what reached parameters directly."""
+        uses, spent = self.record.uses, self.tape.spent
+        create_graph = self.tape.create_graph
+        audited = [] if create_graph else self.tape.params
+        inputs = [use.edge for use in uses] + spent + audited
+        batched = self._elements() < BATCH_BELOW
+        grads = pull_back(
+            outputs,
+            cotangents,
+            inputs,
+            batched=batched,
+            retain_graph=not free,
+            create_graph=create_graph,
+        )
+        if any(grad is not None for grad in grads[len(uses) : len(uses) + len(spent)]):
+            raise CurvoptError(
+                "a second backward pass over one recorded forward pass: add the losses and call "
+                "backward once"
+            )
+        pairs = [(u, g) for u, g in zip(uses, grads, strict=False) if g is not None]
+        direct = dict(zip(audited, grads[len(uses) + len(spent) :], strict=True))
+        if create_graph:
+            direct = self._unrecorded(outputs)
+        direct = {p: grad for p, grad in direct.items() if grad is not None}
+        if not pairs and not direct:
+            raise CurvoptError(
+                "no recorded use of a parameter leads to the loss: compute the model's output "
+                "while recording, with gradients enabled, and go backward over it once"
+            )
+        return [use for use, _ in pairs], [grad for _, grad in pairs], direct
+
+    def _unrecorded(self, outputs: list[Tensor]) -> dict[Tensor, Tensor]:
+        """Parameters that a path other than a recorded use leads to."""
+        stops = self.record.attached
+        leaves = [leaf for output in outputs for leaf in walk(output.grad_fn, stops)[1]]
+        tracked = {id(p) for p in self.tape.params}
+        return {leaf: leaf for leaf in leaves if id(leaf) in tracked}
+
+    def _structures(
+        self, uses: list[Use], grads: list[Tensor], of_uses: Mapping[Use, Layout | None]
+    ) -> tuple[Parts, list[Use]]:
+        """Structures by parameter, and the uses that their rules do not cover after all."""
+        parts: Parts = defaultdict(list)
+        uncovered = []
+        for use, grad in zip(uses, grads, strict=True):
+            layout = of_uses[use]
+            try:
+                if layout is None:
+                    raise Uncovered(use.op)
+                found = use.structures(grad, layout)
+            except Uncovered:
+                uncovered.append(use)
+                continue
+            missing = [str(name) for name in use.values if name not in found]
+            if missing:
+                raise CurvoptError(f"the rule of {use.op} gave nothing for {', '.join(missing)}")
+            self._add(parts, use, found)
+        return parts, uncovered
+
+    def _add(self, parts: Parts, use: Use, found: Mapping[Any, Structure]) -> None:
+        """Add a use's structures; derived values are pulled back to what they were made of."""
+        for name, value in use.values.items():
+            for root in value.roots:
+                parameter, structure = self.tape.by_id[root], found[name]
+                if value.tensor is not parameter:
+                    structure = Pulled(
+                        structure,
+                        value.tensor,
+                        parameter,
+                        isometry=value.isometry,
+                        create_graph=self.tape.create_graph,
+                    )
+                parts[parameter].append(structure)
+
+    # -- the slow path ----------------------------------------------------------------------------
+
+    def _go_slowly(
+        self,
+        uncovered: list[Use],
+        direct: dict[Tensor, Tensor],
+        outputs: list[Tensor],
+        cotangents: list[Tensor],
+        parts: Parts,
+    ) -> None:
+        """Exact rows of whatever no rule covers: one backward pass per sample and column."""
+        for use in uncovered:
+            roots = {root for value in use.values.values() for root in value.roots}
+            self._warn([self.tape.by_id[root] for root in roots], use.op)
+            leaves = [use.arguments[name] for name in use.values]
+            rows = self._sample_by_sample(outputs, cotangents, leaves)
+            self._add(parts, use, dict(zip(use.values, map(Dense, rows), strict=True)))
+        if direct:
+            for p in direct:
+                self._warn([p], self.record.unruled.get(id(p), "an op that was not recorded"))
+                if self.tape.create_graph:  # the pass to the parameter holds all of its uses
+                    parts.pop(p, None)
+            rows = self._sample_by_sample(outputs, cotangents, list(direct))
+            for p, row in zip(direct, rows, strict=True):
+                parts[p].append(Dense(row))
+
+    def _warn(self, parameters: list[Tensor], op: str) -> None:
+        if self.samples > 1:
+            names = ", ".join(self.tape.name(p) for p in parameters)
+            warnings.warn(
+                f"no rule covers {op} with {names}: its per-sample gradients are exact but slow, "
+                "one backward pass per sample; teach curvopt the op with curvopt.register_rule",
+                SlowPathWarning,
+                stacklevel=2,
+            )
+
+    def _sample_by_sample(
+        self, outputs: list[Tensor], cotangents: list[Tensor], targets: list[Tensor]
+    ) -> list[Tensor]:
+        """Rows ``[V, N, *target.shape]`` from passes with one sample's cotangent each."""
+        columns = len(cotangents[0])
+        size = max(1, CHUNK_BYTES // (4 * columns * max(1, self._elements())))
+        chunks = []
+        for start in range(0, self.samples, size):
+            stop = min(start + size, self.samples)
+            one_hot = torch.eye(self.samples)[start:stop]
+            masked = []
+            for cotangent, layout in zip(cotangents, self.term_layouts, strict=True):
+                split = layout.split(cotangent, 1)
+                hot = one_hot.to(split).view(-1, 1, self.samples, *[1] * (split.ndim - 2))
+                masked.append(layout.merge((hot * split).flatten(0, 1), 1))
+            rows = pull_back(
+                outputs,
+                masked,
+                targets,
+                batched=True,
+                create_graph=self.tape.create_graph,
+            )
+            chunks.append(
+                [
+                    target.new_zeros(()).expand(stop - start, columns, *target.shape)
+                    if row is None
+                    else row.unflatten(0, (stop - start, columns))
+                    for row, target in zip(rows, targets, strict=True)
+                ]
+            )
+        return [torch.cat(parts).transpose(0, 1) for parts in zip(*chunks, strict=True)]
+
+    def _nothing(self, parameter: Tensor, columns: int) -> Structure:
+        """The structure of a parameter that took no part."""
+        return Dense(parameter.new_zeros(()).expand(columns, self.samples, *parameter.shape))
+
+
+def _inverse(share: float | Tensor) -> float | Tensor:
+    """1 / w_n; a sample without weight (all of its targets ignored) has no gradient either."""
+    if isinstance(share, Tensor):
+        return torch.where(share > 0, share.reciprocal(), 0)
+    return 1 / share
+
+
+def quantities_of(quantities: Iterable[Quantity]) -> list[Quantity]:
+    """Check what was asked for."""
+    asked = list(quantities)
+    for quantity in asked:
+        if not isinstance(quantity, Quantity):
+            hint = "()" if isinstance(quantity, type) else ""
+            raise TypeError(f"{quantity!r} is no quantity; pass an instance{hint}")
+    fields = [quantity.field for quantity in asked]
+    twice = {field for field in fields if fields.count(field) > 1}
+    if twice:
+        raise CurvoptError(f"asked twice for {', '.join(sorted(twice))}: one result has one of each")
+    return asked

@@ -1,0 +1,112 @@
+"""Facts about torch's own functions that recording needs."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Function = Callable[..., Any]
+
+# Questions about a tensor: they return no tensor, or one that has no history.
+PASSIVE: frozenset[Function] = frozenset(
+    [
+        getattr(Tensor, name).__get__
+        for name in (
+            "shape dtype device ndim requires_grad is_leaf grad_fn grad layout is_cuda is_sparse "
+            "is_nested is_quantized is_meta is_mkldnn data _version is_cpu itemsize nbytes"
+        ).split()
+        if hasattr(Tensor, name)  # they differ between releases
+    ]
+    + [
+        getattr(Tensor, name)
+        for name in (
+            "dim size stride numel nelement element_size is_contiguous is_floating_point "
+            "is_complex data_ptr storage_offset get_device __len__ __hash__ __repr__ item tolist "
+            "detach untyped_storage requires_grad_ is_inference register_hook retain_grad numpy"
+        ).split()
+        if hasattr(Tensor, name)
+    ]
+    + [Tensor._is_view, torch.is_tensor, torch.numel, torch.detach]
+    + [torch.is_floating_point, torch.is_complex, torch._C._set_grad_enabled]
+)
+
+# Functions whose output is not the same for all samples although no argument says so.
+RANDOM: frozenset[Function] = frozenset(
+    [torch.rand, torch.randn, torch.randint, torch.empty, torch.randperm, torch.normal]
+)
+
+# Functions that only select and rearrange elements, each at most once.
+_SELECTING: frozenset[Function] = frozenset(
+    getattr(owner, name)
+    for owner in (torch, Tensor)
+    for name in (
+        "t transpose permute reshape view flatten unflatten squeeze unsqueeze narrow select split "
+        "chunk unbind swapaxes swapdims movedim moveaxis clone contiguous ravel detach adjoint "
+        "tensor_split split_with_sizes"
+    ).split()
+    if hasattr(owner, name)
+) | frozenset(getattr(Tensor, name).__get__ for name in ("T", "mT"))
+
+_BASIC_INDEX = (int, slice, type(None), type(Ellipsis))
+
+
+def selects(func: Function, args: tuple[Any, ...]) -> bool:
+    """Whether the call only selects and rearranges elements, each at most once."""
+    if func is Tensor.__getitem__:
+        index = args[1] if isinstance(args[1], tuple) else (args[1],)
+        return all(isinstance(item, _BASIC_INDEX) for item in index)
+    return func in _SELECTING
+
+
+def op_name(func: Function) -> str:
+    """A short name for messages: ``linear``, ``Tensor.__getitem__``."""
+    name = getattr(func, "__name__", None) or repr(func)
+    if name == "__get__":
+        name = getattr(getattr(func, "__self__", None), "__name__", name)
+    return f"Tensor.{name}" if name.startswith("__") else name
+
+
+def _false(*_: Any) -> bool:
+    return False
+
+
+@lru_cache(maxsize=None)
+def unwrapped(func: Function) -> Function | None:
+    """The body of a torch function that is written in Python, without its torch-function check.
+
+    Run while recording, it shows the ops that the function consists of.
+    """
+    if not isinstance(func, types.FunctionType) or not func.__module__.startswith("torch."):
+        return None
+    checks = [name for name in func.__globals__ if name.startswith("has_torch_function")]
+    if not checks or not set(checks) & set(func.__code__.co_names):
+        return None
+    scope = func.__globals__ | dict.fromkeys(checks, _false)
+    body = types.FunctionType(
+        func.__code__, scope, func.__name__, func.__defaults__, func.__closure__
+    )
+    body.__kwdefaults__ = func.__kwdefaults__
+    return body
+
+
+def _special() -> dict[Function, str]:
+    from curvopt.losses import LOSSES
+
+    table = dict.fromkeys(LOSSES, "_loss")
+    for function in (F.log_softmax, torch.log_softmax, Tensor.log_softmax):
+        table[function] = "_log_softmax"
+    for function in (torch.mean, torch.sum, Tensor.mean, Tensor.sum):
+        table[function] = "_reduction"
+    for function in (torch.div, Tensor.div, Tensor.__truediv__, torch.true_divide):
+        table[function] = "_division"
+    table[Tensor.backward] = "_backward"
+    return table
+
+
+SPECIAL = _special()

@@ -1,0 +1,187 @@
+"""What the engine knows of torch's functions: rules, compositions, losses.
+
+A *rule* says how the per-sample gradients of an op's parameters follow from its inputs and its
+output's cotangent. A *composition* replaces a torch function that hides several ops by the same
+computation in recorded ops. Losses register themselves in `curvopt.losses`.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from curvopt.engine.evidence import has_data
+from curvopt.errors import CurvoptError
+from curvopt.structures import Dense, Structure
+
+if TYPE_CHECKING:
+    from curvopt.engine.tape import UseView
+
+Function = Callable[..., Any]
+Applies = Callable[..., bool]
+Arguments = dict[Any, Any]
+
+
+class Rule:
+    """A rule for one op.
+
+    Args:
+        function: ``function(use, **arguments) -> {argument name: Structure}``.
+        parameters: names of the arguments that may hold a tracked value.
+        applies: whether a call is a use that the rule covers (see `curvopt.engine.evidence`).
+    """
+
+    def __init__(self, function: Function, parameters: str, applies: Applies = has_data):
+        signature = list(inspect.signature(function).parameters.values())[1:]
+        self.function, self.applies = function, applies
+        self.parameters = frozenset(parameters.split())
+        self.names = tuple(p.name for p in signature)
+        self.defaults = {p.name: p.default for p in signature if p.default is not p.empty}
+
+    def bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[Any, Any]:
+        """Arguments by name, as Python would bind them."""
+        bound = dict(self.defaults)
+        bound.update(zip(self.names, args, strict=False))
+        bound.update(kwargs)
+        return bound
+
+    def holds_parameter(self, name: Any) -> bool:
+        """Whether the rule answers for a tracked value in this argument."""
+        return name in self.parameters
+
+    def structures(self, use: UseView, arguments: dict[Any, Any]) -> dict[Any, Structure]:
+        """Structures by argument name."""
+        return self.function(use, **arguments)
+
+
+class FunctionRule(Rule):
+    """A user's rule for a torch function; its arguments go by position or keyword."""
+
+    def __init__(self, function: Function):
+        self.function, self.applies = function, has_data
+
+    def bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[Any, Any]:
+        return {**dict(enumerate(args)), **kwargs}
+
+    def holds_parameter(self, name: Any) -> bool:
+        return True
+
+    def structures(self, use: UseView, arguments: dict[Any, Any]) -> dict[Any, Structure]:
+        values = {key: use.data(value) for key, value in arguments.items()}
+        args = [value for key, value in values.items() if isinstance(key, int)]
+        kwargs = {key: value for key, value in values.items() if isinstance(key, str)}
+        return checked(self.function(use.flat, *args, **kwargs), use)
+
+
+class ModuleRule(FunctionRule):
+    """A user's rule for a module class."""
+
+    def structures(self, use: UseView, arguments: dict[Any, Any]) -> dict[Any, Structure]:
+        inputs = tuple(use.data(value) for value in arguments["inputs"])
+        output = use.data(arguments["output"])
+        return checked(self.function(arguments["module"], inputs, output, use.flat), use)
+
+
+
+RULES: dict[Function, Rule] = {}
+COMPOSITIONS: dict[Function, Function] = {}
+MODULE_RULES: dict[type[nn.Module], ModuleRule] = {}
+
+
+def rule(
+    *functions: Function, parameters: str, applies: Applies = has_data
+) -> Callable[[Function], Function]:
+    """Register the decorated function as the rule of some torch functions.
+
+    Its first argument is the `UseView` (cotangent and sample axis), the others are the op's own.
+
+    Args:
+        *functions: torch functions with the same arguments.
+        parameters: names of the arguments that may be parameters, separated by blanks.
+        applies: whether a call is a use that the rule covers; by default any with data.
+    """
+
+    def decorate(function: Function) -> Function:
+        RULES.update(dict.fromkeys(functions, Rule(function, parameters, applies)))
+        return function
+
+    return decorate
+
+
+def composition(*functions: Function) -> Callable[[Function], Function]:
+    """Register the decorated function in place of some torch functions while recording."""
+
+    def decorate(function: Function) -> Function:
+        COMPOSITIONS.update(dict.fromkeys(functions, function))
+        return function
+
+    return decorate
+
+
+def register_rule(target: Any) -> Callable[[Function], Function]:
+    """Register a rule for an op that the package does not know.
+
+    One rule serves every quantity, of first and second order: the backward pass through the op is
+    autograd's own, the rule only says what the op's parameters get from a cotangent.
+
+    * For a ``torch.nn.Module`` class the rule is ``rule(module, inputs, output, cotangent)``; the
+      module is opaque, whatever happens inside. ``inputs`` and ``output`` have the samples first,
+      ``[N, ...]``, and ``cotangent`` is ``[V, N, ...]`` with V cotangent columns. It returns a
+      dict from the module's parameter names to the rows ``[V, N, *parameter.shape]``, or to a
+      `curvopt.structures.Structure` that knows them without forming them.
+    * For a torch function the rule is ``rule(cotangent, *args, **kwargs)`` with the function's own
+      arguments; the dict's keys are the argument's position or keyword.
+
+    A wrong rule is found by `curvopt.verify`.
+
+    Args:
+        target: a module class, or a torch function.
+
+    Raises:
+        TypeError: the target is neither.
+
+    Example:
+        >>> class ScaleLayer(torch.nn.Module):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.weight = torch.nn.Parameter(torch.tensor(2.0))
+        ...
+        ...     def forward(self, x):
+        ...         return self.weight * x
+        >>> @curvopt.register_rule(ScaleLayer)
+        ... def scale_layer(module, inputs, output, cotangent):
+        ...     return {"weight": (cotangent * inputs[0]).flatten(2).sum(-1)}
+    """
+
+    def decorate(function: Function) -> Function:
+        if isinstance(target, type) and issubclass(target, nn.Module):
+            MODULE_RULES[target] = ModuleRule(function)
+        elif callable(target):
+            RULES[target] = FunctionRule(function)
+        else:
+            raise TypeError(f"a rule is for a module class or a torch function, not {target!r}")
+        return function
+
+    return decorate
+
+
+def checked(answer: dict[Any, Tensor | Structure], use: UseView) -> dict[Any, Structure]:
+    """A custom rule's answer, checked, as structures."""
+    result: dict[Any, Structure] = {}
+    for key, value in answer.items():
+        parameter = use.parameters.get(key)
+        if parameter is None:
+            continue
+        expected = (*use.flat.shape[:2], *parameter.shape)
+        if isinstance(value, Tensor):
+            if tuple(value.shape) != expected:
+                raise CurvoptError(
+                    f"the rule of {use.op} returned shape {tuple(value.shape)} for {key!r}; "
+                    f"its rows are [V, N, *parameter.shape] = {list(expected)}"
+                )
+            value = Dense(value)
+        result[key] = value
+    return result

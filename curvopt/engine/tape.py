@@ -1,0 +1,521 @@
+"""Recording: every op that uses a tracked parameter, every loss, seen at the torch-function level.
+
+A use of a parameter runs with the parameter replaced by a leaf of its own, so the autograd graph
+holds only the data path. What is kept of the output is its *gradient edge*: it survives in-place
+changes of the output, where a kept tensor would silently change its meaning.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from copy import copy
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.nn.modules.module import (
+    register_module_forward_hook,
+    register_module_forward_pre_hook,
+)
+from torch.overrides import TorchFunctionMode
+
+import curvopt.ops  # noqa: F401 (the rules register themselves)
+from curvopt.engine import functions as known
+from curvopt.engine.registry import COMPOSITIONS, MODULE_RULES, RULES, Rule
+from curvopt.engine.samples import Layout
+from curvopt.errors import CurvoptError, Uncovered
+from curvopt.losses import LOSSES, Loss
+from curvopt.losses.handwritten import Reduction
+from curvopt.structures import Structure
+
+Function = Callable[..., Any]
+
+
+@dataclass(eq=False)
+class Shared:
+    """A value that is the same for all samples: a parameter, one made of parameters, a constant.
+
+    Attributes:
+        tensor: the value.
+        version: its version when it was made; an in-place change afterwards may mix in data.
+        roots: the tracked parameters it is made of, by id; none for a constant.
+        isometry: it only selects and rearranges elements of one parameter, each at most once.
+    """
+
+    tensor: Tensor
+    version: int
+    roots: frozenset[int]
+    isometry: bool = False
+
+
+@dataclass(eq=False)
+class Use:
+    """One use of tracked values by an op that a rule covers.
+
+    Attributes:
+        op: the op's name, for messages.
+        rule: the rule that covers it.
+        arguments: the call's arguments by name, parameters replaced by their leaves.
+        values: the shared values by argument name.
+        edge: the gradient edge of the output.
+        shape: shape of the output.
+        versions: versions of the kept tensors, checked before they are used.
+    """
+
+    op: str
+    rule: Rule
+    arguments: dict[Any, Any]
+    values: dict[Any, Shared]
+    edge: GradientEdge
+    shape: torch.Size
+    versions: list[tuple[Tensor, int]]
+
+    def structures(self, cotangent: Tensor, layout: Layout) -> dict[Any, Structure]:
+        """Structures by argument name, for a cotangent ``[V, *shape]``."""
+        for tensor, version in self.versions:
+            if tensor._version != version:
+                raise CurvoptError(
+                    f"an input of {self.op}, of shape {list(tensor.shape)}, was changed in place "
+                    "after the op had used it; use the out-of-place form of that operation"
+                )
+        return self.rule.structures(UseView(self, cotangent, layout), self.arguments)
+
+
+class UseView:
+    """What a rule sees of a use: cotangent and data in the canonical layout.
+
+    Attributes:
+        op: the op's name.
+        raw: the cotangent as it came, ``[V, *output.shape]``.
+        cotangent: ``[V, N, K, *rest]``.
+        parameters: the shared values by argument name.
+    """
+
+    def __init__(self, use: Use, cotangent: Tensor, layout: Layout):
+        dtype = next(iter(use.values.values())).tensor.dtype
+        # Half precision would lose squares and norms: they are accumulated in float32.
+        self.dtype = torch.promote_types(dtype, torch.float32)
+        self.op, self.layout = use.op, layout
+        self.raw = cotangent.to(self.dtype)
+        self.cotangent = layout.split(self.raw, 1)
+        self.parameters = {name: shared.tensor for name, shared in use.values.items()}
+        self.output_ndim = len(use.shape)
+
+    def scaled(self, factor: float) -> UseView:
+        """The same use with its cotangent multiplied by a number."""
+        if factor == 1:
+            return self
+        view = copy(self)
+        view.raw, view.cotangent = self.raw * factor, self.cotangent * factor
+        return view
+
+    def rows(self, tensor: Tensor) -> Tensor:
+        """Data of the op in the canonical layout, ``[N, K, *rest]``."""
+        split = self.layout.split(tensor)
+        return split.to(self.dtype) if split.is_floating_point() else split
+
+    @property
+    def flat(self) -> Tensor:
+        """The cotangent for a custom rule: ``[V, N, *rest]``, K kept only if it is not 1."""
+        return self.cotangent.squeeze(2) if self.layout.k == 1 else self.cotangent
+
+    def data(self, value: Any) -> Any:
+        """Data for a custom rule: samples first where the tensor has them, else unchanged."""
+        if not isinstance(value, Tensor) or not value.ndim:
+            return value
+        size = self.layout.n * (1 if self.layout.kind == "time" else self.layout.k)
+        axis = 1 if self.layout.kind == "time" else 0
+        if value.ndim <= axis or value.shape[axis] != size:
+            return value
+        rows = self.layout.split(value)
+        return rows.squeeze(1) if self.layout.k == 1 else rows
+
+    def aligned(self, shape: torch.Size) -> tuple[int, ...]:
+        """A broadcast shape as it stands in ``[K, *rest]``."""
+        padded = [1] * (self.output_ndim - len(shape)) + list(shape)
+        samples = padded.pop(1) if self.layout.kind == "time" else padded.pop(0)
+        if samples != 1 and self.layout.n != 1:
+            raise Uncovered(f"{self.op} has its samples on an axis of a parameter {list(shape)}")
+        return tuple(padded) if self.layout.kind == "time" else (samples, *padded)
+
+
+@dataclass
+class Record:
+    """What one forward pass left.
+
+    Attributes:
+        uses: uses of tracked values, in order.
+        losses: loss calls, and means and sums to a scalar, in order.
+        unruled: by parameter id, the name of an op that no rule covers.
+        divisions: graph nodes of scalars divided by a tensor.
+        leaves: stand-ins of the parameters; a gradient on one is a backward that went unseen.
+        attached: graph nodes where parameters were attached, under ``create_graph``.
+        signature: hash of the sequence of functions and shapes.
+    """
+
+    uses: list[Use] = field(default_factory=list)
+    losses: list[Loss] = field(default_factory=list)
+    unruled: dict[int, str] = field(default_factory=dict)
+    divisions: set[Any] = field(default_factory=set)
+    leaves: list[Tensor] = field(default_factory=list)
+    attached: set[Any] = field(default_factory=set)
+    signature: int = 0
+
+
+class Tape(TorchFunctionMode):
+    """Records the forward pass of any model while it is entered.
+
+    Args:
+        params: the parameters to track, or (name, parameter) pairs.
+        batch_size: number of samples, where it cannot be read from the model's first op and loss.
+        create_graph: keep everything differentiable, for gradients of the quantities.
+        on_backward: called with the loss in place of ``Tensor.backward``.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Tensor] | Iterable[tuple[str, Tensor]],
+        *,
+        batch_size: int | None = None,
+        create_graph: bool = False,
+        on_backward: Function | None = None,
+    ):
+        super().__init__()
+        self.names = _named(params)
+        self.params = [p for p in self.names if p.requires_grad]
+        if not self.params:
+            raise CurvoptError("no parameter requires a gradient, so there is nothing to compute")
+        if batch_size is not None and batch_size < 0:
+            raise CurvoptError(f"Invalid batch_size: {batch_size}")
+        self.batch_size, self.create_graph, self.on_backward = batch_size, create_graph, on_backward
+        self.by_id = {id(p): p for p in self.params}
+        self.handles: list[Any] = []
+        self.opaque: list[Any] = []
+        self.depth = 0
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget what was recorded, keep what is tracked."""
+        self.record = Record()
+        self.hint = self.batch_size
+        self.shared: dict[int, Shared] = {
+            id(p): Shared(p, p._version, frozenset([id(p)]), True) for p in self.params
+        }
+        self.log_softmaxes: dict[int, tuple[Tensor, Tensor]] = {}
+        self.spent: list[GradientEdge] = []
+
+    def consume(self, uses: Iterable[Use]) -> None:
+        """Retire uses that a backward pass went over; a second pass over them is an error."""
+        gone = set(uses)
+        self.spent += [use.edge for use in gone]
+        self.record.uses = [use for use in self.record.uses if use not in gone]
+        if not self.record.uses:
+            self.record, self.hint = Record(), self.batch_size
+            self.log_softmaxes = {}
+
+    def name(self, parameter: Tensor) -> str:
+        """The parameter's name and shape, for messages."""
+        return f"{self.names.get(parameter, 'parameter')} {list(parameter.shape)}"
+
+    # -- the hook ---------------------------------------------------------------------------------
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func in known.PASSIVE or self.opaque:
+            return func(*args, **kwargs)
+        record = self.record
+        record.signature = hash((record.signature, func))
+        tracked, all_shared, tensors = self._classify(args, kwargs)
+        if tracked and torch.is_grad_enabled():
+            if func in COMPOSITIONS and not all_shared:
+                with self:
+                    return COMPOSITIONS[func](*args, **kwargs)
+            return self._tracked_call(func, args, kwargs, all_shared)
+        special = known.SPECIAL.get(func)
+        if special is not None:
+            return getattr(self, special)(func, args, kwargs)
+        output = func(*args, **kwargs)
+        if all_shared:
+            if tensors or func not in known.RANDOM:
+                self._share(output, frozenset(), False)
+        elif tensors and self._is_inplace(output, args):
+            self.shared.pop(id(args[0]), None)
+        return output
+
+    def _classify(self, args, kwargs) -> tuple[bool, bool, bool]:
+        """Whether tracked values are among the arguments; whether all tensors are shared; any."""
+        shared = self.shared
+        tracked = tensors = False
+        all_shared = True
+        values = (*args, *kwargs.values()) if kwargs else args
+        for value in values:
+            if isinstance(value, Tensor):
+                tensors = True
+                entry = shared.get(id(value))
+                if entry is not None and (entry.version == value._version or self._is_param(value)):
+                    tracked = tracked or bool(entry.roots)
+                else:
+                    all_shared = False
+            elif type(value) in (list, tuple):
+                inner = self._classify(value, None)
+                tracked, tensors = tracked or inner[0], tensors or inner[2]
+                all_shared = all_shared and inner[1]
+        return tracked, all_shared, tensors
+
+    def _is_param(self, tensor: Tensor) -> bool:
+        return id(tensor) in self.by_id
+
+    @staticmethod
+    def _is_inplace(output: Any, args: tuple[Any, ...]) -> bool:
+        return bool(args) and isinstance(args[0], Tensor) and (output is args[0] or output is None)
+
+    def _share(self, output: Any, roots: frozenset[int], isometry: bool) -> None:
+        if isinstance(output, Tensor):
+            self.shared[id(output)] = Shared(output, output._version, roots, isometry)
+        elif isinstance(output, (tuple, list)):
+            for item in output:
+                self._share(item, roots, isometry)
+
+    # -- ops with tracked values ------------------------------------------------------------------
+
+    def _tracked_call(self, func, args, kwargs, all_shared: bool):
+        rule = RULES.get(func)
+        if rule is None:
+            body = known.unwrapped(func)
+            if body is not None and not all_shared:
+                with self:
+                    return body(*args, **kwargs)
+        else:
+            arguments = rule.bind(args, kwargs)
+            if self._covers(rule, arguments, all_shared):
+                return self._use(func, rule, arguments, args, kwargs)
+        entries = [e for e in self._entries(args, kwargs) if e.roots]
+        roots = frozenset().union(*(entry.roots for entry in entries))
+        output = func(*args, **kwargs)
+        if all_shared or self._carries_no_samples(args, kwargs):
+            isometry = len(entries) == 1 and entries[0].isometry and known.selects(func, args)
+            self._share(output, roots, isometry)
+        else:
+            for root in roots:
+                self.record.unruled.setdefault(root, known.op_name(func))
+        if self._is_inplace(output, args) and not all_shared:
+            self.shared.pop(id(args[0]), None)
+        return output
+
+    def _entries(self, args, kwargs) -> list[Shared]:
+        found = []
+        for value in (*args, *kwargs.values()):
+            if isinstance(value, Tensor) and id(value) in self.shared:
+                found.append(self.shared[id(value)])
+            elif type(value) in (list, tuple):
+                found += self._entries(value, {})
+        return found
+
+    def _carries_no_samples(self, args, kwargs) -> bool:
+        """No operand is an activation: the others are buffers, or data of unknown kind.
+
+        The result is then tracked like a value made of parameters alone. Should it hold samples
+        after all, the op that uses it finds the sample axis inside a parameter and leaves it to
+        the audit.
+        """
+        return not any(
+            isinstance(value, Tensor) and value.requires_grad and id(value) not in self.shared
+            for value in (*args, *kwargs.values())
+        )
+
+    def _covers(self, rule: Rule, arguments: dict[Any, Any], all_shared: bool) -> bool:
+        for name, value in arguments.items():
+            if isinstance(value, Tensor) and not rule.holds_parameter(name):
+                entry = self.shared.get(id(value))
+                if entry is not None and entry.roots:
+                    return False
+        return rule.applies(self, arguments, all_shared)
+
+    def is_tracked(self, value: Any) -> bool:
+        """Whether a value is a tracked parameter or made of some."""
+        entry = self.shared.get(id(value)) if isinstance(value, Tensor) else None
+        return entry is not None and bool(entry.roots)
+
+    def is_shared(self, tensor: Tensor) -> bool:
+        """Whether a tensor is known to be the same for all samples."""
+        return id(tensor) in self.shared
+
+    def _use(self, func, rule: Rule, arguments, args, kwargs):
+        values, swaps = {}, {}
+        for name, value in arguments.items():
+            entry = self.shared.get(id(value)) if isinstance(value, Tensor) else None
+            if entry is not None and entry.roots and id(value) not in swaps:
+                swaps[id(value)] = self._leaf(value)
+                arguments[name] = swaps[id(value)]
+            if entry is not None and entry.roots:
+                values[name] = entry
+        output = func(*_swap(args, swaps), **{k: _swap_one(v, swaps) for k, v in kwargs.items()})
+        output = _own(output)
+        kept = [
+            (value, value._version)
+            for name, value in arguments.items()
+            if isinstance(value, Tensor) and name not in values
+        ]
+        self._append(known.op_name(func), rule, arguments, values, output, kept)
+        return output
+
+    def _leaf(self, value: Tensor) -> Tensor:
+        if not self.create_graph:
+            leaf = value.detach().requires_grad_()
+            self.record.leaves.append(leaf)
+            return leaf
+        leaf = value.view_as(value)
+        self.record.attached.add(leaf.grad_fn)
+        return leaf
+
+    def _append(self, op, rule, arguments, values, output, kept) -> None:
+        edge = get_gradient_edge(output)
+        use = Use(op, rule, arguments, values, edge, output.shape, kept)
+        self.record.uses.append(use)
+        self.record.signature = hash((self.record.signature, output.shape))
+        if self.hint is None and output.ndim:
+            self.hint = output.shape[0]
+
+    # -- losses and backward ----------------------------------------------------------------------
+
+    def _loss(self, func, args, kwargs):
+        value = func(*args, **kwargs)
+        rule = LOSSES[func]
+        arguments = dict(zip(rule.names, args, strict=False)) | kwargs
+        output = arguments.pop("input")
+        if not (isinstance(value, Tensor) and value.requires_grad and output.requires_grad):
+            return value
+        if rule.wants_logits:
+            pair = self.log_softmaxes.get(id(output))
+            logits = pair[1] if pair is not None and pair[0] is output else None
+            arguments["logits"] = logits
+        self.record.losses.append(rule.function(output, value, **arguments))
+        self.record.signature = hash((self.record.signature, output.shape))
+        return value
+
+    def _log_softmax(self, func, args, kwargs):
+        output = func(*args, **kwargs)
+        if output.requires_grad:
+            source = args[0] if args else kwargs["input"]
+            dim = kwargs.get("dim", args[1] if len(args) > 1 else None)
+            if dim is not None and dim % output.ndim == min(1, output.ndim - 1):
+                self.log_softmaxes[id(output)] = (output, source)
+        return output
+
+    def _reduction(self, func, args, kwargs):
+        output = func(*args, **kwargs)
+        source = args[0] if args else kwargs["input"]
+        if output.ndim == 0 and output.requires_grad and source.ndim:
+            kind = "mean" if "mean" in known.op_name(func) else "sum"
+            self.record.losses.append(Reduction(source, output, kind))
+        return output
+
+    def _division(self, func, args, kwargs):
+        output = func(*args, **kwargs)
+        if output.ndim == 0 and output.requires_grad and isinstance(args[-1], Tensor):
+            self.record.divisions.add(output.grad_fn)
+        return output
+
+    def _backward(self, func, args, kwargs):
+        if self.on_backward is None:
+            raise CurvoptError(
+                "backward() was called inside curvopt.record(); call tape.compute(loss, ...) "
+                "instead, or use an optimizer's record() or step(closure)"
+            )
+        return self.on_backward(*args, **kwargs)
+
+    # -- custom module rules ----------------------------------------------------------------------
+
+    def __enter__(self):
+        if MODULE_RULES and not self.depth:
+            self.handles = [
+                register_module_forward_pre_hook(self._before_module),
+                register_module_forward_hook(self._after_module, always_call=True),
+            ]
+        self.depth += 1
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        self.depth -= 1
+        if not self.depth:
+            for handle in self.handles:
+                handle.remove()
+            self.handles = []
+            self.opaque = []
+        return super().__exit__(*error)
+
+    def _before_module(self, module, args):
+        rule = next((MODULE_RULES[t] for t in type(module).__mro__ if t in MODULE_RULES), None)
+        if self.opaque or rule is None or not torch.is_grad_enabled():
+            return
+        values, leaves, restore = {}, {}, []
+        for name, parameter in module.named_parameters():
+            if id(parameter) in self.by_id:
+                owner = module.get_submodule(name.rpartition(".")[0])
+                restore.append((owner, name.rpartition(".")[2], parameter))
+                values[name] = self.shared[id(parameter)]
+                leaves[name] = self._leaf(parameter)
+        if values:
+            for (owner, key, _), leaf in zip(restore, leaves.values(), strict=True):
+                owner._parameters[key] = leaf  # setattr would insist on a Parameter
+            self.opaque = [module, rule, values, restore]
+
+    def _after_module(self, module, args, output):
+        if not self.opaque or self.opaque[0] is not module:
+            return None
+        _, rule, values, restore = self.opaque
+        self.opaque = []
+        for owner, key, parameter in restore:
+            owner._parameters[key] = parameter
+        if output is None:  # the forward pass raised
+            return None
+        if not isinstance(output, Tensor):
+            raise CurvoptError(
+                f"the rule of {type(module).__name__} needs a module that returns one tensor, "
+                f"not {type(output).__name__}"
+            )
+        output = _own(output)
+        arguments = {"module": module, "inputs": args, "output": output.detach()}
+        kept = [(value, value._version) for value in args if isinstance(value, Tensor)]
+        self._append(type(module).__name__, rule, arguments, values, output, kept)
+        return output
+
+
+def _own(output: Tensor) -> Tensor:
+    """The output as no view: in-place changes of a view rewrite its base's history."""
+    return torch.ops.aten._unsafe_view(output, output.shape) if output._is_view() else output
+
+
+def _named(params: Iterable[Any]) -> dict[Tensor, str]:
+    """Names by parameter; tensors hash by identity."""
+    if isinstance(params, Tensor):
+        raise CurvoptError("params must be an iterable of parameters, not one tensor")
+    names: dict[Tensor, str] = {}
+    for index, item in enumerate(params):
+        name, parameter = item if isinstance(item, tuple) else (f"parameter {index}", item)
+        if not isinstance(parameter, Tensor):
+            raise CurvoptError(f"params must hold tensors, got {type(parameter).__name__}")
+        if parameter in names:
+            raise CurvoptError(f"{name} is given twice (it is also {names[parameter]})")
+        if parameter.requires_grad and not parameter.is_leaf:
+            raise CurvoptError(f"{name} is no leaf: give the tensors that it was made of")
+        if parameter.requires_grad and parameter.is_complex():
+            raise CurvoptError(f"{name} is complex; only real parameters are supported")
+        names[parameter] = name
+    if not names:
+        raise CurvoptError("no parameters were given")
+    return names
+
+
+def _swap_one(value: Any, swaps: dict[int, Tensor]) -> Any:
+    if isinstance(value, Tensor):
+        return swaps.get(id(value), value)
+    if type(value) in (list, tuple):
+        return type(value)(_swap_one(item, swaps) for item in value)
+    return value
+
+
+def _swap(args: Iterable[Any], swaps: dict[int, Tensor]) -> list[Any]:
+    return [_swap_one(value, swaps) for value in args]

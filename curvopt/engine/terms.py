@@ -1,0 +1,92 @@
+"""Which recorded losses make up a loss, and how much each sample's own loss counts in it."""
+
+from __future__ import annotations
+
+from collections.abc import Container
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from curvopt.errors import CurvoptError
+from curvopt.losses import Loss
+from curvopt.losses.handwritten import Reduction
+
+if TYPE_CHECKING:
+    from curvopt.engine.tape import Record
+
+
+def loss_terms(loss: Tensor, record: Record, reduction: str | None) -> list[Loss]:
+    """The recorded losses that the loss is made of, found by walking its graph.
+
+    Raises:
+        CurvoptError: some part of the loss does not go through a recorded loss, or how it was
+            reduced over the samples is not known.
+    """
+    table = {term.value.grad_fn: term for term in record.losses}
+    nodes, loose = walk(loss.grad_fn, table)
+    if loose or not nodes:
+        raise CurvoptError(
+            "part of the loss does not go through a loss of torch.nn.functional nor through a "
+            "mean() or sum() over the samples, recorded with the model (a penalty on the "
+            "parameters, say): use the optimizer's weight_decay, add its gradient yourself, or "
+            "ask for the gradient alone"
+        )
+    proper = {node: t for node, t in table.items() if not isinstance(t, Reduction)}
+    terms: list[Loss] = []
+    for node in nodes:
+        term = table[node]
+        if not isinstance(term, Reduction):
+            terms.append(_ended(term, reduction))
+            continue
+        if reduction is None and term.reduction == "sum" and _divided(loss, node, record):
+            raise CurvoptError(
+                "the loss is a sum divided by a tensor; whether that divisor belongs to the batch "
+                "or to each sample is not known: give reduction='mean' or reduction='sum'"
+            )
+        inner, loose = walk(term.output.grad_fn, proper)
+        if inner and not loose:
+            terms += [_ended(proper[node], reduction or term.reduction) for node in inner]
+        else:
+            term.ending = reduction
+            terms.append(term)
+    return terms
+
+
+def walk(start: Any, stops: Container[Any]) -> tuple[list[Any], list[Tensor]]:
+    """Walk a graph from a node: the first nodes met among ``stops``, and the leaves met."""
+    found, leaves, seen, stack = [], [], set(), [start]
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if node in stops:
+            found.append(node)
+        elif hasattr(node, "variable"):
+            leaves.append(node.variable)
+        else:
+            stack += [following for following, _ in node.next_functions]
+    return found, leaves
+
+
+def _ended(term: Loss, ending: str | None) -> Loss:
+    term.ending = ending
+    if term.reduction == "none" and ending is None:
+        raise CurvoptError(
+            f"{term.name} has reduction='none' and no mean() or sum() over its rows was recorded: "
+            "give reduction='mean' or reduction='sum'"
+        )
+    return term
+
+
+def _divided(loss: Tensor, node: Any, record: Record) -> bool:
+    """Whether a scalar was divided by a tensor between this node and the loss."""
+    divisions, _ = walk(loss.grad_fn, record.divisions)
+    return any(node in walk(division, {node})[0] for division in divisions)
+
+
+def upstream(loss: Tensor, terms: list[Loss]) -> list[Tensor]:
+    """Derivative of the loss in the value of each term."""
+    grads = torch.autograd.grad(loss, [term.value for term in terms], retain_graph=True)
+    return [grad.detach() for grad in grads]

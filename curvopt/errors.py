@@ -1,0 +1,9 @@
+"""The package's one exception type."""
+
+
+class CurvoptError(ValueError):
+    """Something cannot be computed exactly; the message says where, what was got, what to do."""
+
+
+class Uncovered(CurvoptError):
+    """A use that its op's rule does not cover after all; the engine takes the slow path."""

@@ -1,0 +1,7 @@
+"""Losses that the engine knows: one file a family, registered by torch function."""
+
+from curvopt.losses import cross_entropy, elementwise, handwritten  # noqa: F401 (they register)
+from curvopt.losses.base import Loss
+from curvopt.losses.registry import LOSSES, loss
+
+__all__ = ["LOSSES", "Loss", "loss"]

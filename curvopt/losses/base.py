@@ -1,0 +1,146 @@
+"""A recorded loss: its rows, their weights, and a root of its Hessian in the model's output."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from curvopt.engine.samples import Layout
+from curvopt.errors import CurvoptError
+
+
+class Loss(ABC):
+    """One call of a loss function on the model's output z.
+
+    The output has *tokens* (a row of logits, an element of a regression), each with a loss of its
+    own; the value is their sum times `token_weights`. The Hessian is block diagonal over tokens.
+
+    Args:
+        output: z, ``[R, ...]`` with the samples on its leading axis or axes.
+        value: what the loss function returned.
+        reduction: ``"mean"``, ``"sum"`` or ``"none"``.
+
+    Attributes:
+        ending: how the rows were reduced afterwards, or how the user says they were.
+    """
+
+    name = "loss"
+    #: Columns of the Hessian's root per token.
+    width = 1
+
+    def __init__(self, output: Tensor, value: Tensor, reduction: str):
+        self.output, self.value, self.reduction = output, value, reduction
+        self.version = output._version
+        self.ending: str | None = None
+
+    @property
+    def z(self) -> Tensor:
+        """The output's values, refused if they were changed after the loss was computed."""
+        if self.output._version != self.version:
+            raise CurvoptError(
+                f"the output that {self.name} was computed from was changed in place afterwards; "
+                "use the out-of-place form of that operation"
+            )
+        return self.output
+
+    @property
+    def token_shape(self) -> torch.Size:
+        """Shape of the tokens: of the output for losses of elements."""
+        return self.output.shape
+
+    def share(self, layout: Layout) -> float | Tensor:
+        """Sample n's share w_n of the value, ``value = sum_n w_n (sample n's own loss)``."""
+        kind = self.ending if self.reduction == "none" else self.reduction
+        return 1.0 if kind == "sum" else 1.0 / layout.n
+
+    def reduced(self, upstream: Tensor) -> Tensor:
+        """Derivative of the loss as a whole in each token's unreduced loss (broadcastable).
+
+        Args:
+            upstream: derivative of the loss as a whole in `value`.
+        """
+        if self.reduction == "mean":
+            return upstream / math.prod(self.token_shape)
+        return upstream
+
+    @abstractmethod
+    def curvature(self) -> Tensor:
+        """Factor of each token's Hessian that does not depend on the reduction."""
+
+    @abstractmethod
+    def apply_root(self, coefficients: Tensor) -> Tensor:
+        """Root of the tokens' Hessian (curvature factor 1) times ``[V, *tokens, width]``.
+
+        Returns:
+            ``[V, *output.shape]``.
+        """
+
+    def sample_labels(self, columns: int, generator: torch.Generator | None) -> Tensor:
+        """Random vectors whose second moment is the Hessian, from labels drawn from the model."""
+        raise CurvoptError(
+            f"{self.name} has no label sampling; use estimator='rademacher', the default"
+        )
+
+    def spread(self, per_token: Tensor) -> Tensor:
+        """Broadcast a factor per token to the output's shape."""
+        return per_token
+
+    def scale(self, upstream: Tensor, inverse_share: float | Tensor, layout: Layout) -> Tensor:
+        """Square root of the factor of each token's Hessian.
+
+        Args:
+            upstream: derivative of the loss as a whole in `value`.
+            inverse_share: 1, or 1 / w_n for the sample's own loss.
+            layout: the sample axis of the output.
+        """
+        factor = (self.reduced(upstream) * self.curvature()).expand(self.token_shape)
+        factor = per_sample(factor, inverse_share, layout)
+        if (factor < 0).any():
+            raise CurvoptError(
+                f"{self.name} enters the loss with a negative weight, so its Gauss-Newton matrix "
+                "is not positive semi-definite and has no root; use DiagHessian, or drop the term"
+            )
+        return factor.sqrt()
+
+    def columns_per_sample(self, layout: Layout) -> int:
+        """Columns of the exact root per sample: tokens of a sample times `width`."""
+        return math.prod(self.token_shape) // max(layout.n, 1) * self.width
+
+    def columns(self, start: int, stop: int, scale: Tensor, layout: Layout) -> Tensor:
+        """Columns ``start`` to ``stop`` of the exact root, ``[stop - start, *output.shape]``."""
+        count = self.columns_per_sample(layout)
+        eye = torch.zeros(stop - start, count, dtype=scale.dtype, device=scale.device)
+        eye[torch.arange(stop - start), torch.arange(start, stop)] = 1
+        inner = layout.split(scale).shape[1:]
+        one_hot = eye.unflatten(1, (*inner, self.width)).unsqueeze(1)
+        one_hot = one_hot.expand(-1, layout.n, *one_hot.shape[2:])
+        return self.apply_root(layout.merge(one_hot, 1) * scale.unsqueeze(-1))
+
+    def sketch(
+        self, columns: int, scale: Tensor, estimator: str, generator: torch.Generator | None
+    ) -> Tensor:
+        """Random vectors with second moment H, ``[V, *output.shape]``, independent per sample."""
+        if estimator == "labels":
+            return self.sample_labels(columns, generator) * self.spread(scale)
+        shape = (columns, *self.token_shape, self.width)
+        signs = torch.randint(0, 2, shape, device=scale.device, generator=generator)
+        return self.apply_root(signs.to(scale.dtype).mul_(2).sub_(1) * scale.unsqueeze(-1))
+
+
+def per_sample(rows: Tensor, factor: float | Tensor, layout: Layout) -> Tensor:
+    """Multiply the rows of each sample by its factor, a number or ``[N]``."""
+    if not isinstance(factor, Tensor):
+        return rows if factor == 1.0 else rows * factor
+    split = layout.split(rows)
+    return layout.merge(split * factor.view(-1, *[1] * (split.ndim - 1)))
+
+
+def reduction_of(arguments: dict[str, Any]) -> str:
+    """The reduction of a loss call, the deprecated ``size_average`` and ``reduce`` included."""
+    if arguments.get("size_average") is not None or arguments.get("reduce") is not None:
+        raise CurvoptError("size_average and reduce are deprecated; use reduction=")
+    return str(arguments.get("reduction", "mean"))

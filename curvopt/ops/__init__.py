@@ -1,0 +1,3 @@
+"""Rules of torch's ops: one file a family, registered by torch function."""
+
+from curvopt.ops import conv, linear  # noqa: F401 (they register themselves)

@@ -1,0 +1,115 @@
+"""Matrix products with a parameter: linear, addmm, matmul, einsum."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from curvopt.engine.registry import rule
+from curvopt.ops.contraction import contraction
+from curvopt.structures import Outer, Shift, Structure
+
+if TYPE_CHECKING:
+    from curvopt.engine.registry import Arguments
+    from curvopt.engine.tape import Tape, UseView
+
+
+def _batched_linear(tape: Tape, arguments: Arguments, all_shared: bool) -> bool:
+    return not all_shared and arguments["input"].ndim > 1 and arguments["weight"].ndim == 2
+
+
+@rule(F.linear, parameters="weight bias", applies=_batched_linear)
+def linear(use: UseView, input: Tensor, weight: Tensor, bias: Tensor | None = None):
+    """``y = x W^T + b``, all axes but the last are samples and tokens."""
+    left = use.cotangent.flatten(2, -2).unsqueeze(2)
+    right = use.rows(input).flatten(1, -2).unsqueeze(1)
+    found: dict[str, Structure] = {"weight": Outer(left, right, weight.shape)}
+    if bias is not None:
+        found["bias"] = shift(use, bias)
+    return found
+
+
+def shift(use: UseView, parameter: Tensor, factor: float = 1.0) -> Shift:
+    """The structure of a parameter that was added to the output."""
+    cotangent = use.cotangent if factor == 1 else use.cotangent * factor
+    return Shift(cotangent, parameter.shape, use.aligned(parameter.shape))
+
+
+def _one_side(names: tuple[str, str]) -> Any:
+    """A product covers a parameter on one side and data on the other."""
+
+    def applies(tape: Tape, arguments: Arguments, all_shared: bool) -> bool:
+        tracked = [tape.is_tracked(arguments[name]) for name in names]
+        return not all_shared and sum(tracked) < 2
+
+    return applies
+
+
+def product(use: UseView, left: Tensor, right: Tensor, names: tuple[str, str]):
+    """Structure of the parameter in ``left @ right``, by letters of its einsum."""
+    out = "abcdefgh"[: len(torch.broadcast_shapes(left.shape[:-2], right.shape[:-2]))]
+    subs = []
+    for tensor, own in ((left, "xy"), (right, "yz")):
+        own = own if tensor.ndim > 1 else "y"
+        lead = max(tensor.ndim - 2, 0)
+        subs.append(out[len(out) - lead :] + own)
+    out += ("x" if left.ndim > 1 else "") + ("z" if right.ndim > 1 else "")
+    side = 0 if names[0] in use.parameters else 1
+    operands = (left, right)
+    return {
+        names[side]: contraction(
+            use, out, operands[1 - side], subs[1 - side], operands[side].shape, subs[side]
+        )
+    }
+
+
+@rule(
+    torch.matmul,
+    Tensor.matmul,
+    Tensor.__matmul__,
+    parameters="input other",
+    applies=_one_side(("input", "other")),
+)
+def matmul(use: UseView, input: Tensor, other: Tensor):
+    """``input @ other`` with a parameter on either side."""
+    return product(use, input, other, ("input", "other"))
+
+
+@rule(
+    torch.mm,
+    Tensor.mm,
+    torch.bmm,
+    Tensor.bmm,
+    parameters="input mat2",
+    applies=_one_side(("input", "mat2")),
+)
+def mm(use: UseView, input: Tensor, mat2: Tensor):
+    """``input @ mat2`` with a parameter on either side."""
+    return product(use, input, mat2, ("input", "mat2"))
+
+
+@rule(Tensor.__rmatmul__, parameters="other input", applies=_one_side(("other", "input")))
+def rmatmul(use: UseView, other: Tensor, input: Tensor):
+    """``input @ other``, called on ``other``."""
+    return product(use, input, other, ("input", "other"))
+
+
+@rule(
+    torch.addmm,
+    Tensor.addmm,
+    parameters="input mat1 mat2",
+    applies=_one_side(("mat1", "mat2")),
+)
+def addmm(
+    use: UseView, input: Tensor, mat1: Tensor, mat2: Tensor, *, beta: float = 1, alpha: float = 1
+):
+    """``beta * input + alpha * mat1 @ mat2``."""
+    found: dict[str, Structure] = {}
+    if "input" in use.parameters:
+        found["input"] = shift(use, input, beta)
+    if "mat1" in use.parameters or "mat2" in use.parameters:
+        found |= product(use.scaled(alpha), mat1, mat2, ("mat1", "mat2"))
+    return found

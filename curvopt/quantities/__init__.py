@@ -1,0 +1,35 @@
+"""Quantities: cotangent x reduction, one class each."""
+
+from curvopt.quantities.base import Quantity
+from curvopt.quantities.first_order import (
+    BatchGrad,
+    BatchL2Grad,
+    ClippedGradSum,
+    Gradient,
+    SumGradSquared,
+    Variance,
+)
+from curvopt.quantities.ggn import (
+    BatchDiagGGNExact,
+    BatchDiagGGNMC,
+    DiagGGNExact,
+    DiagGGNMC,
+    SqrtGGNExact,
+    SqrtGGNMC,
+)
+
+__all__ = [
+    "BatchDiagGGNExact",
+    "BatchDiagGGNMC",
+    "BatchGrad",
+    "BatchL2Grad",
+    "ClippedGradSum",
+    "DiagGGNExact",
+    "DiagGGNMC",
+    "Gradient",
+    "Quantity",
+    "SqrtGGNExact",
+    "SqrtGGNMC",
+    "SumGradSquared",
+    "Variance",
+]

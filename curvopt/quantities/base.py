@@ -1,0 +1,79 @@
+"""What a quantity is: a cotangent, and a reduction of the structures it leaves at the uses."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Generator, Tensor
+
+from curvopt.structures import Structure
+
+
+@dataclass(frozen=True)
+class Cotangent:
+    """What is sent back from the model's output.
+
+    Attributes:
+        kind: ``"gradient"`` (of the loss), ``"root"`` (exact root of the loss Hessian), or
+            ``"sketch"`` (random combinations of its columns).
+        samples: number of random combinations of a sketch.
+        estimator: ``"rademacher"`` signs, or ``"labels"`` drawn from the model.
+        generator: of the sketch; torch's global one by default.
+    """
+
+    kind: str
+    samples: int = 1
+    estimator: str = "rademacher"
+    generator: Generator | None = None
+
+
+GRADIENT = Cotangent("gradient")
+ROOT = Cotangent("root")
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a reduction needs to know beside the structures.
+
+    Attributes:
+        samples: N.
+        factor: number that the rows must be multiplied by.
+        share: sample n's share w_n of the loss, a number or ``[N]``.
+    """
+
+    samples: int
+    factor: float = 1.0
+    share: float | Tensor = 1.0
+
+
+class Quantity:
+    """One quantity. A subclass names its field, its cotangent and its reduction.
+
+    Attributes:
+        field: name of the result's field.
+        cotangent: what is sent back.
+        own: rows are those of each sample's own loss, not its part of the loss as written.
+    """
+
+    field: str
+    cotangent: Cotangent = GRADIENT
+    own: bool = False
+
+    def reduce(self, structure: Structure, context: Context) -> Tensor:
+        """Reduce one parameter's structure; the parts of a chunked backward pass are added."""
+        raise NotImplementedError
+
+    def reduce_all(
+        self, structures: dict[Tensor, Structure], context: Context
+    ) -> dict[Tensor, Any]:
+        """Reduce all parameters' structures."""
+        return {p: self.reduce(structure, context) for p, structure in structures.items()}
+
+    def combine(self, before: Any, part: Any) -> Any:
+        """Join the results of two chunks of columns."""
+        return before + part
+
+    def __repr__(self) -> str:
+        settings = ", ".join(f"{k}={v!r}" for k, v in vars(self).items() if k != "cotangent")
+        return f"{type(self).__name__}({settings})"

@@ -1,0 +1,130 @@
+"""Quantities of the loss gradient: per-sample rows and what follows from them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from curvopt.errors import CurvoptError
+from curvopt.quantities.base import Context, Quantity
+from curvopt.structures import Structure
+
+
+class Gradient(Quantity):
+    """The gradient of the loss as written, ``[*p]``: what ``backward()`` computes.
+
+    `compute` offers it as ``result.grad`` anyway, on demand; asked for by name it is computed in
+    the same pass and the graph is not needed any more.
+    """
+
+    field = "grad"
+
+    def reduce(self, structure: Structure, context: Context) -> Tensor:
+        if isinstance(context.share, Tensor):
+            return structure.sum(context.share)
+        total = structure.sum()
+        scale = context.share * context.factor
+        return total if scale == 1 else total * scale
+
+
+class BatchGrad(Quantity):
+    """Per-sample gradients, ``[N, *p]``: row n is the gradient of sample n's own loss.
+
+    ``g_n = d loss(model(x_n), y_n) / dp``, as a loop over batches of one gives it, whatever the
+    loss's reduction, class weights and ignored targets.
+
+    Example:
+        >>> result = curvopt.compute(closure, model.parameters(), curvopt.BatchGrad())
+        >>> result.batch_grad[p]  # [N, *p.shape]
+    """
+
+    field = "batch_grad"
+    own = True
+
+    def reduce(self, structure: Structure, context: Context) -> Tensor:
+        rows = structure.form()[0]
+        return rows if context.factor == 1 else rows * context.factor
+
+
+class BatchL2Grad(Quantity):
+    """Squared norms of the per-sample gradients, ``|g_n|^2`` per parameter: ``[N]``.
+
+    The rows are formed only where that is cheaper than the Gram matrix of their factors.
+    """
+
+    field = "batch_l2"
+    own = True
+
+    def reduce(self, structure: Structure, context: Context) -> Tensor:
+        norms = structure.squared_norms()[0]
+        return norms if context.factor == 1 else norms * context.factor**2
+
+
+class SumGradSquared(Quantity):
+    """Elementwise ``sum_n g_n^2``, ``[*p]``: N times the second moment of the rows."""
+
+    field = "sum_grad_squared"
+    own = True
+
+    def reduce(self, structure: Structure, context: Context) -> Tensor:
+        squares = structure.sum_of_squares()
+        return squares if context.factor == 1 else squares * context.factor**2
+
+
+class Variance(Quantity):
+    """Elementwise variance of the per-sample gradients, ``[*p]``.
+
+    ``(1/N) sum_n g_n^2 - ((1/N) sum_n g_n)^2``, times ``N / (N - 1)`` if unbiased; rounding below
+    zero is cut off.
+
+    Args:
+        unbiased: divide by N - 1 instead of N. Off by default: the variance of this batch.
+
+    Raises:
+        CurvoptError: the unbiased variance of a single sample.
+    """
+
+    field = "variance"
+    own = True
+
+    def __init__(self, unbiased: bool = False):
+        self.unbiased = unbiased
+
+    def reduce(self, structure: Structure, context: Context) -> Tensor:
+        n = context.samples
+        if self.unbiased and n < 2:
+            raise CurvoptError(
+                f"the unbiased variance needs two samples, got {n}; use unbiased=False"
+            )
+        total, squares = structure.moments()
+        variance = squares.div(n).sub((total / n).square()).clamp(min=0)
+        scale = context.factor**2 * (n / (n - 1) if self.unbiased else 1)
+        return variance if scale == 1 else variance * scale
+
+
+class ClippedGradSum(Quantity):
+    """Sum of clipped per-sample gradients, ``sum_n c_n g_n``: ``[*p]``.
+
+    ``c_n = min(1, max_norm / |g_n|)`` with the norm over all parameters together, so that each
+    sample contributes at most ``max_norm``. Norms and sum come from the same structures; the rows
+    are formed only where that is cheaper. A sample whose norm is not finite contributes nothing.
+
+    Args:
+        max_norm: the largest norm of a sample's contribution, above zero.
+    """
+
+    field = "clipped_grad_sum"
+    own = True
+
+    def __init__(self, max_norm: float):
+        if not max_norm > 0:
+            raise ValueError(f"Invalid max_norm: {max_norm}")
+        self.max_norm = max_norm
+
+    def reduce_all(
+        self, structures: dict[Tensor, Structure], context: Context
+    ) -> dict[Tensor, Tensor]:
+        norms = torch.stack([s.squared_norms()[0] for s in structures.values()]).sum(0).sqrt()
+        weights = (self.max_norm / (norms * context.factor)).clamp(max=1)
+        weights = torch.where(norms.isfinite(), weights, 0) * context.factor
+        return {p: structure.sum(weights) for p, structure in structures.items()}

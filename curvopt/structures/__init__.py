@@ -1,0 +1,23 @@
+"""Structures: per-sample gradients that are known without being formed (see `base`)."""
+
+from curvopt.structures.base import Structure
+from curvopt.structures.conv import Conv
+from curvopt.structures.dense import Dense
+from curvopt.structures.elementwise import Scale, Shift
+from curvopt.structures.outer import Outer
+from curvopt.structures.permuted import Permuted
+from curvopt.structures.total import Disjoint, Pulled, Total, total
+
+__all__ = [
+    "Conv",
+    "Dense",
+    "Disjoint",
+    "Outer",
+    "Permuted",
+    "Pulled",
+    "Scale",
+    "Shift",
+    "Structure",
+    "Total",
+    "total",
+]

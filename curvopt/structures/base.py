@@ -1,0 +1,102 @@
+"""What every structure can do, from one method."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+
+import torch
+from torch import Size, Tensor
+
+# Elements of a block of formed rows: 2 MiB of float32, so that a block stays in a core's cache.
+BLOCK = 1 << 19
+
+
+class Structure(ABC):
+    """Per-sample gradients of one parameter, known without being formed.
+
+    Row ``(v, n)`` is the gradient of one parameter for cotangent column v (of V) and sample n (of
+    N). A subclass gives `rows`; every reduction below follows from it. A faster override must
+    return the same numbers.
+
+    Attributes:
+        shape: the parameter's shape.
+        columns: V.
+        samples: N.
+    """
+
+    shape: Size
+    columns: int
+    samples: int
+
+    @abstractmethod
+    def rows(self, start: int, stop: int) -> Tensor:
+        """Form the rows of samples ``start`` to ``stop``: ``[V, stop - start, *shape]``."""
+
+    def form(self) -> Tensor:
+        """All rows, ``[V, N, *shape]``."""
+        return self.rows(0, self.samples)
+
+    def block(self) -> int:
+        """Samples whose rows are formed at a time: as many as fit the cache, at least one."""
+        return max(1, BLOCK // max(1, self.columns * self.shape.numel()))
+
+    def blocks(self) -> Iterator[tuple[int, int, Tensor]]:
+        """Form the rows a block of samples at a time: ``(start, stop, rows)``."""
+        size = self.block()
+        for start in range(0, self.samples, size):
+            stop = min(start + size, self.samples)
+            yield start, stop, self.rows(start, stop)
+
+    def sum(self, weights: Tensor | None = None) -> Tensor:
+        """Weighted sum over columns and samples, ``sum_vn w_n row_vn``: ``[*shape]``.
+
+        Args:
+            weights: ``[N]``; ones by default.
+        """
+        return _accumulate(
+            rows.sum((0, 1))
+            if weights is None
+            else torch.tensordot(weights[start:stop], rows.sum(0), 1)
+            for start, stop, rows in self.blocks()
+        )
+
+    def sum_of_squares(self) -> Tensor:
+        """Elementwise ``sum_vn row_vn^2``: ``[*shape]``."""
+        return _accumulate(rows.square().sum((0, 1)) for _, _, rows in self.blocks())
+
+    def moments(self) -> tuple[Tensor, Tensor]:
+        """`sum` and `sum_of_squares` together, for structures that form rows only once."""
+        return self.sum(), self.sum_of_squares()
+
+    def batch_sum_of_squares(self) -> Tensor:
+        """Elementwise ``sum_v row_vn^2`` of every sample: ``[N, *shape]``."""
+        return torch.cat([rows.square().sum(0) for _, _, rows in self.blocks()])
+
+    def squared_norms(self) -> Tensor:
+        """``|row_vn|^2``: ``[V, N]``."""
+        return torch.cat([squared_norm(rows, 2) for _, _, rows in self.blocks()], 1)
+
+    def dots(self, direction: Tensor) -> Tensor:
+        """Inner products ``<row_vn, direction>``: ``[V, N]``.
+
+        Args:
+            direction: a tensor of the parameter's shape.
+        """
+        flat = direction.flatten()
+        return torch.cat([rows.flatten(2) @ flat for _, _, rows in self.blocks()], 1)
+
+
+def squared_norm(tensor: Tensor, keep: int) -> Tensor:
+    """Sum of squares over all but the first ``keep`` axes, differentiable at zero."""
+    flat = tensor.flatten(keep) if tensor.ndim > keep else tensor.unsqueeze(-1)
+    if tensor.requires_grad:
+        return flat.square().sum(-1)
+    return torch.linalg.vector_norm(flat, dim=-1).square()  # three times as fast
+
+
+def _accumulate(parts: Iterator[Tensor]) -> Tensor:
+    total = next(parts)
+    for part in parts:
+        total = total + part
+    return total

@@ -1,0 +1,136 @@
+"""Convolutions: one weight gradient per sample, by the cheaper of two contractions."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Size, Tensor
+
+from curvopt.structures.base import Structure
+from curvopt.structures.outer import Outer
+
+
+class Conv(Structure):
+    """Rows are the weight gradients of a convolution, one per cotangent column and sample.
+
+    They are formed either as *one* weight gradient of a grouped convolution, a group per sample,
+    or as outer products of cotangents and patches (`Outer`).
+
+    Args:
+        cotangent: ``[V, N, K, O, *outputs]``.
+        input: ``[N, K, C, *inputs]``.
+        shape: the weight's shape, ``[O, C / groups, *kernel]``.
+        stride: one number per spatial axis.
+        padding: one number per spatial axis, on both sides.
+        dilation: one number per spatial axis.
+        groups: number of groups.
+    """
+
+    def __init__(
+        self,
+        cotangent: Tensor,
+        input: Tensor,
+        shape: Size,
+        stride: list[int],
+        padding: list[int],
+        dilation: list[int],
+        groups: int,
+    ):
+        self.cotangent, self.input, self.shape = cotangent, input, shape
+        self.stride, self.padding, self.dilation = stride, padding, dilation
+        self.groups = groups
+        self.columns, self.samples = cotangent.shape[:2]
+        self.positions = math.prod(cotangent.shape[4:]) * cotangent.shape[2]
+
+    def patches(self, start: int = 0, stop: int | None = None) -> Outer:
+        """The same structure as outer products of cotangents and patches."""
+        cotangent, input = self.cotangent[:, start:stop], self.input[start:stop]
+        left = cotangent.unflatten(3, (self.groups, -1)).flatten(5)  # [V, N, K, G, O/G, T]
+        left = left.movedim(2, 4).flatten(4, 5).mT if left.shape[2] > 1 else left.squeeze(2).mT
+        return Outer(left, self._unfolded(input), self.shape)
+
+    def _unfolded(self, input: Tensor) -> Tensor:
+        """Patches ``[N, G, K * positions, C/G * kernel]``."""
+        kernel = self.shape[2:]
+        n, k = input.shape[:2]
+        flat = input.flatten(0, 1)
+        if len(kernel) == 2:
+            columns = F.unfold(flat, kernel, self.dilation, self.padding, self.stride)
+        else:
+            pads = [size for pad in reversed(self.padding) for size in (pad, pad)]
+            windows = F.pad(flat, pads)
+            for axis, size in enumerate(kernel):
+                reach = (size - 1) * self.dilation[axis] + 1
+                windows = windows.unfold(axis + 2, reach, self.stride[axis])
+                windows = windows[..., :: self.dilation[axis]]
+            spatial = len(kernel)
+            order = [0, 1, *range(2 + spatial, 2 + 2 * spatial), *range(2, 2 + spatial)]
+            columns = windows.permute(order).flatten(1, 1 + spatial).flatten(2)
+        columns = columns.unflatten(0, (n, k)).unflatten(2, (self.groups, -1))  # [N, K, G, I, T]
+        return columns.movedim(1, 3).flatten(3).mT if k > 1 else columns.squeeze(1).mT
+
+    @property
+    def by_patches(self) -> bool:
+        """Many columns amortize the unfolding; small maps make it cheap."""
+        return self.columns > 2 or self.positions <= 32
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        if self.by_patches:
+            return self.patches(start, stop).form()
+        cotangent, input = self.cotangent[:, start:stop], self.input[start:stop]
+        n, k = input.shape[:2]
+        v, g = self.columns, self.groups
+        # One group per sample (and per group of the convolution), all columns' outputs in it.
+        outputs = cotangent.unflatten(3, (g, -1)).movedim(0, 3).flatten(3, 4)
+        outputs = outputs.reshape(1, -1, *outputs.shape[4:])
+        inputs = input.reshape(1, -1, *input.shape[3:])
+        grad = self._weight_gradient(outputs, inputs, n * k * g)
+        grad = grad.view(n, k, g, v, -1, *self.shape[1:]).movedim(3, 0).flatten(3, 4)
+        return grad.sum(2) if k > 1 else grad.squeeze(2)
+
+    def sum(self, weights: Tensor | None = None) -> Tensor:
+        cotangent = self.cotangent.sum(0) if self.columns > 1 else self.cotangent[0]
+        if weights is not None:
+            cotangent = cotangent * weights.view(-1, *[1] * (cotangent.ndim - 1))
+        return self._weight_gradient(cotangent.flatten(0, 1), self.input.flatten(0, 1), self.groups)
+
+    def squared_norms(self) -> Tensor:
+        t, (o, i) = self.positions, (self.shape[0] // self.groups, self.shape[1:].numel())
+        # Gram matrices of the positions, 2 T^2 (O + I) flops, or the formed rows, 2 T O I.
+        return self.patches().squared_norms() if t * (o + i) < o * i else super().squared_norms()
+
+    def dots(self, direction: Tensor) -> Tensor:
+        # <row, d> is the cotangent's product with the convolution of the input by d.
+        output = torch.convolution(
+            self.input.flatten(0, 1),
+            direction,
+            None,
+            self.stride,
+            self.padding,
+            self.dilation,
+            False,
+            [0] * len(self.stride),
+            self.groups,
+        )
+        output = output.unflatten(0, self.input.shape[:2])
+        return (self.cotangent * output).flatten(2).sum(-1)
+
+    def _weight_gradient(self, cotangent: Tensor, input: Tensor, groups: int) -> Tensor:
+        shape = (cotangent.shape[1], input.shape[1] // groups, *self.shape[2:])
+        weight = cotangent.new_empty(1).expand(shape)  # only its shape is read
+        _, grad, _ = torch.ops.aten.convolution_backward(
+            cotangent,
+            input,
+            weight,
+            None,
+            self.stride,
+            self.padding,
+            self.dilation,
+            False,
+            [0] * len(self.stride),
+            groups,
+            (False, True, False),
+        )
+        return grad

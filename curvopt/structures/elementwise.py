@@ -1,0 +1,54 @@
+"""Biases and scales: parameters that act element by element, broadcast over the rest."""
+
+from __future__ import annotations
+
+from torch import Size, Tensor
+
+from curvopt.structures.base import Structure, squared_norm
+
+
+class Shift(Structure):
+    """Rows are the cotangent, summed over the axes along which the parameter was broadcast.
+
+    Args:
+        cotangent: ``[V, N, K, *rest]``.
+        shape: the parameter's shape.
+        aligned: the parameter's shape as it stands in ``[K, *rest]``, 1 where it was broadcast.
+    """
+
+    def __init__(self, cotangent: Tensor, shape: Size, aligned: tuple[int, ...]):
+        self.shape = shape
+        self.columns, self.samples = cotangent.shape[:2]
+        broadcast = [
+            axis
+            for axis, (size, kept) in enumerate(zip(cotangent.shape[2:], aligned, strict=True), 2)
+            if kept == 1 and size != 1
+        ]
+        reduced = cotangent.sum(broadcast) if broadcast else cotangent
+        self.values = reduced.reshape(self.columns, self.samples, *shape)
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        return self.values[:, start:stop]
+
+    def form(self) -> Tensor:
+        return self.values
+
+    def block(self) -> int:
+        return max(1, self.samples)  # nothing to form: one block
+
+    def squared_norms(self) -> Tensor:
+        return squared_norm(self.values, 2)
+
+
+class Scale(Shift):
+    """Rows are cotangent times input, summed over the axes along which the parameter was broadcast.
+
+    Args:
+        cotangent: ``[V, N, K, *rest]``.
+        factor: what the parameter was multiplied by, broadcastable to ``[N, K, *rest]``.
+        shape: the parameter's shape.
+        aligned: the parameter's shape as it stands in ``[K, *rest]``, 1 where it was broadcast.
+    """
+
+    def __init__(self, cotangent: Tensor, factor: Tensor, shape: Size, aligned: tuple[int, ...]):
+        super().__init__(cotangent * factor, shape, aligned)

@@ -1,0 +1,107 @@
+"""Sums of outer products: linear layers, and convolutions on patches."""
+
+from __future__ import annotations
+
+import torch
+from torch import Size, Tensor
+
+from curvopt.structures.base import Structure
+
+
+class Outer(Structure):
+    """Rows ``sum_t left[v, n, t] (x) right[n, t]``, the gradient of a matrix that acts on tokens.
+
+    For ``y = x W^T`` the left factor is the cotangent of y, the right one is x. With G groups the
+    parameter is block diagonal and its blocks are stacked: ``[G * O, I]``.
+
+    Args:
+        left: cotangents ``[V, N, G, T, O]``.
+        right: inputs ``[N, G, T, I]``.
+        shape: the parameter's shape; its elements in order are ``[G, O, I]``.
+        transposed: the parameter's elements are ``[G, I, O]`` instead (``y = x W``).
+    """
+
+    def __init__(self, left: Tensor, right: Tensor, shape: Size, *, transposed: bool = False):
+        self.left, self.right, self.shape, self.transposed = left, right, shape, transposed
+        self.columns, self.samples, self.groups, self.tokens, self.outputs = left.shape
+        self.inputs = right.shape[-1]
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        left, right = self.left[:, start:stop], self.right[start:stop]
+        if self.columns == 1:
+            product = _products(left[0], right, self.transposed).unsqueeze(0)
+        else:
+            # Columns are folded into the output axis: a broadcast product would copy the inputs.
+            v, o = self.columns, self.outputs
+            folded = left.movedim(0, -2).flatten(-2)
+            product = _products(folded, right, False).unflatten(2, (v, o)).movedim(2, 0)
+            product = product.mT if self.transposed else product
+        return product.reshape(*product.shape[:2], *self.shape)
+
+    def sum(self, weights: Tensor | None = None) -> Tensor:
+        left = self.left.sum(0) if self.columns > 1 else self.left[0]
+        if weights is not None:
+            left = left * weights[:, None, None, None]
+        return self._contract(left, self.right)
+
+    def sum_of_squares(self) -> Tensor:
+        if self.tokens != 1:
+            return super().sum_of_squares()
+        return self._contract(self._left_energy(), self.right.square())
+
+    def batch_sum_of_squares(self) -> Tensor:
+        if self.tokens != 1:
+            return super().batch_sum_of_squares()
+        energy = self._left_energy().unsqueeze(0)
+        return Outer(energy, self.right.square(), self.shape, transposed=self.transposed).form()[0]
+
+    def squared_norms(self) -> Tensor:
+        if self.tokens == 1:
+            left, right = self.left.square().sum((-2, -1)), self.right.square().sum((-2, -1))
+            return (left * right).sum(-1)
+        t, o, i = self.tokens, self.outputs, self.inputs
+        # Gram matrices of the tokens, 2 T^2 (O + I) flops, or the formed rows, 2 T O I.
+        if t * (o + i) >= o * i:
+            return super().squared_norms()
+        gram = self.right @ self.right.mT
+        if self.columns == 1:
+            return (self.left[0] @ self.left[0].mT).mul(gram).sum((-3, -2, -1)).unsqueeze(0)
+        return torch.stack([(g @ g.mT).mul(gram).sum((-3, -2, -1)) for g in self.left])
+
+    def dots(self, direction: Tensor) -> Tensor:
+        matrix = self._matrix(direction)
+        if self.outputs <= self.inputs:
+            return torch.einsum("vngto,ngto->vn", self.left, self.right @ matrix.mT)
+        return torch.einsum("vngti,ngti->vn", self.left @ matrix, self.right)
+
+    def _matrix(self, value: Tensor) -> Tensor:
+        o, i = self.outputs, self.inputs
+        if self.transposed:
+            return value.reshape(self.groups, i, o).mT
+        return value.reshape(self.groups, o, i)
+
+    def _left_energy(self) -> Tensor:
+        if self.columns == 1:
+            return self.left[0].square()
+        return self.left.square().sum(0)
+
+    def _contract(self, left: Tensor, right: Tensor) -> Tensor:
+        """Sum of the outer products over samples and tokens, in the parameter's shape."""
+        if self.groups == 1:
+            left, right = left.flatten(0, 2), right.flatten(0, 2)
+        else:
+            left = left.transpose(0, 1).flatten(1, 2)
+            right = right.transpose(0, 1).flatten(1, 2)
+        return _products(left, right, self.transposed).reshape(self.shape)
+
+
+def _products(left: Tensor, right: Tensor, transposed: bool) -> Tensor:
+    return right.mT @ left if transposed else left.mT @ right
+
+
+def concatenate(parts: list[Outer]) -> Outer:
+    """One structure for several uses of one matrix: their tokens, one after the other."""
+    first = parts[0]
+    left = torch.cat([part.left for part in parts], 3)
+    right = torch.cat([part.right for part in parts], 2)
+    return Outer(left, right, first.shape, transposed=first.transposed)

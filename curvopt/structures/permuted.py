@@ -1,0 +1,45 @@
+"""A structure whose parameter has its axes in another order."""
+
+from __future__ import annotations
+
+from torch import Size, Tensor
+
+from curvopt.structures.base import Structure
+
+
+class Permuted(Structure):
+    """Rows of another structure with the parameter's axes permuted.
+
+    Args:
+        inner: the structure.
+        order: axis i of the parameter is axis ``order[i]`` of the inner shape.
+        shape: the parameter's shape, which may have further axes of size 1.
+    """
+
+    def __init__(self, inner: Structure, order: list[int], shape: Size):
+        self.inner, self.order, self.shape = inner, order, shape
+        self.columns, self.samples = inner.columns, inner.samples
+
+    def _permute(self, tensor: Tensor, lead: int) -> Tensor:
+        tensor = tensor.permute(*range(lead), *(lead + axis for axis in self.order))
+        return tensor.reshape(*tensor.shape[:lead], *self.shape)
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        return self._permute(self.inner.rows(start, stop), 2)
+
+    def sum(self, weights: Tensor | None = None) -> Tensor:
+        return self._permute(self.inner.sum(weights), 0)
+
+    def sum_of_squares(self) -> Tensor:
+        return self._permute(self.inner.sum_of_squares(), 0)
+
+    def batch_sum_of_squares(self) -> Tensor:
+        return self._permute(self.inner.batch_sum_of_squares(), 1)
+
+    def squared_norms(self) -> Tensor:
+        return self.inner.squared_norms()
+
+    def dots(self, direction: Tensor) -> Tensor:
+        inverse = sorted(range(len(self.order)), key=self.order.__getitem__)
+        permuted = direction.reshape([self.inner.shape[axis] for axis in self.order])
+        return self.inner.dots(permuted.permute(inverse))

@@ -1,0 +1,146 @@
+"""Several uses of one parameter, and parameters behind a derived value."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from curvopt.structures.base import Structure
+from curvopt.structures.outer import Outer, concatenate
+
+
+class Total(Structure):
+    """Sum of the structures of all uses of one parameter, cross terms included.
+
+    Args:
+        parts: structures of one shape, for the same columns and samples.
+    """
+
+    def __init__(self, parts: list[Structure]):
+        self.parts = parts
+        self.shape, self.columns, self.samples = parts[0].shape, parts[0].columns, parts[0].samples
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        return sum_tensors([part.rows(start, stop) for part in self.parts])
+
+    def sum(self, weights: Tensor | None = None) -> Tensor:
+        return sum_tensors([part.sum(weights) for part in self.parts])
+
+    def dots(self, direction: Tensor) -> Tensor:
+        return sum_tensors([part.dots(direction) for part in self.parts])
+
+
+class Disjoint(Total):
+    """Uses of separate parts of one parameter: no element has two uses, so no cross terms."""
+
+    def sum_of_squares(self) -> Tensor:
+        return sum_tensors([part.sum_of_squares() for part in self.parts])
+
+    def batch_sum_of_squares(self) -> Tensor:
+        return sum_tensors([part.batch_sum_of_squares() for part in self.parts])
+
+    def squared_norms(self) -> Tensor:
+        return sum_tensors([part.squared_norms() for part in self.parts])
+
+
+class Pulled(Structure):
+    """Rows of a derived value, pulled back to a parameter through the graph that made it.
+
+    Args:
+        inner: the structure of the derived value.
+        value: the derived value, attached to the parameter.
+        parameter: the parameter.
+        isometry: the derived value only selects and rearranges elements of the parameter, each at
+            most once, so that squares and norms are pulled back like the rows.
+        create_graph: keep the pull-back differentiable.
+    """
+
+    def __init__(
+        self,
+        inner: Structure,
+        value: Tensor,
+        parameter: Tensor,
+        *,
+        isometry: bool = False,
+        create_graph: bool = False,
+    ):
+        self.inner, self.value, self.parameter = inner, value, parameter
+        self.isometry, self.create_graph = isometry, create_graph
+        self.shape, self.columns, self.samples = parameter.shape, inner.columns, inner.samples
+
+    @property
+    def span(self) -> tuple[int, int]:
+        """Elements of the parameter's storage among which the derived value lies."""
+        last = sum((n - 1) * s for n, s in zip(self.value.shape, self.value.stride(), strict=True))
+        return self.value.storage_offset(), self.value.storage_offset() + last + 1
+
+    def pull(self, rows: Tensor, lead: int) -> Tensor:
+        """Pull back ``[*lead axes, *value.shape]`` to ``[*lead axes, *shape]``."""
+        if not lead:
+            return self._vjp(rows, batched=False)
+        flat = rows.reshape(-1, *self.value.shape)
+        return self._vjp(flat, batched=True).unflatten(0, rows.shape[:lead])
+
+    def _vjp(self, rows: Tensor, *, batched: bool) -> Tensor:
+        (pulled,) = torch.autograd.grad(
+            self.value,
+            self.parameter,
+            rows,
+            retain_graph=True,
+            create_graph=self.create_graph,
+            is_grads_batched=batched,
+        )
+        return pulled
+
+    def block(self) -> int:
+        return min(super().block(), self.inner.block())
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        return self.pull(self.inner.rows(start, stop), 2)
+
+    def sum(self, weights: Tensor | None = None) -> Tensor:
+        return self.pull(self.inner.sum(weights), 0)
+
+    def sum_of_squares(self) -> Tensor:
+        if self.isometry:
+            return self.pull(self.inner.sum_of_squares(), 0)
+        return super().sum_of_squares()
+
+    def batch_sum_of_squares(self) -> Tensor:
+        if self.isometry:
+            return self.pull(self.inner.batch_sum_of_squares(), 1)
+        return super().batch_sum_of_squares()
+
+    def squared_norms(self) -> Tensor:
+        return self.inner.squared_norms() if self.isometry else super().squared_norms()
+
+
+def total(parts: list[Structure]) -> Structure:
+    """One structure for all uses of a parameter."""
+    if len(parts) == 1:
+        return parts[0]
+    outers = [part for part in parts if isinstance(part, Outer)]
+    if len(outers) == len(parts):
+        keys = {(part.transposed, part.left.shape[2], part.outputs, part.inputs) for part in outers}
+        if len(keys) == 1:
+            return concatenate(outers)
+    pulled = [part for part in parts if isinstance(part, Pulled)]
+    if len(pulled) == len(parts) and _separate(pulled):
+        return Disjoint(parts)
+    return Total(parts)
+
+
+def _separate(parts: list[Pulled]) -> bool:
+    """Whether the derived values are views of one parameter that share no element."""
+    if not all(part.isometry and part.value._is_view() for part in parts):
+        return False
+    spans = sorted(part.span for part in parts)
+    return all(before[1] <= after[0] for before, after in zip(spans, spans[1:], strict=False))
+
+
+def sum_tensors(tensors: list[Tensor]) -> Tensor:
+    """Sum of tensors of one shape."""
+    result = tensors[0]
+    for tensor in tensors[1:]:
+        result = result + tensor
+    return result
