@@ -46,6 +46,7 @@ class Phase:
         sampler: What drew the batches.
         min_grad_norm: The smallest clipping norm C of these steps, if known.
         max_grad_norm: The largest.
+        aligned: Whether the first step began an epoch; matters to shuffled batches alone.
     """
 
     noise_multiplier: float
@@ -54,6 +55,25 @@ class Phase:
     sampler: SamplerKind = "poisson"
     min_grad_norm: float | None = None
     max_grad_norm: float | None = None
+    aligned: bool = True
+
+    @property
+    def kind(self) -> tuple[float, float, SamplerKind]:
+        """What equal steps have in common."""
+        return self.noise_multiplier, self.sample_rate, self.sampler
+
+    @property
+    def epochs(self) -> int:
+        """The most shuffled orders that these steps can belong to."""
+        length = _epoch_length(self.sample_rate)
+        return (self.steps - 1 + (0 if self.aligned else length - 1)) // length + 1
+
+    @property
+    def ends_an_epoch(self) -> bool:
+        """Whether the last step was certainly the last one of an epoch."""
+        length = _epoch_length(self.sample_rate)
+        whole = math.isclose(length * self.sample_rate, 1)  # else epochs may be a step longer
+        return self.aligned and whole and self.steps % length == 0
 
     def __str__(self) -> str:
         low, high = self.min_grad_norm, self.max_grad_norm
@@ -130,8 +150,9 @@ class PrivacyLedger:
         Each sample at most once per epoch, in batches of a fixed size. Poisson's amplification does
         *not* hold for it (it understates epsilon 1.95 against at least 10.99 in one example of the
         papers), so it gets none: one full release per epoch of :math:`\lfloor 1/q \rfloor` steps,
-        with neighbours that zero out one sample. Give ``q = 1 / len(loader)``, change the noise
-        between epochs only, and call :meth:`new_epoch` after one that was cut short.
+        with neighbours that zero out one sample. Give ``q = 1 / len(loader)`` and call
+        :meth:`new_epoch` after an epoch that was cut short. A change of the noise within an epoch
+        counts as one more release.
     ``"none"``
         Anything else with a sample at most once in a batch: every step is a full release, with
         neighbours that zero out one sample.
@@ -156,11 +177,15 @@ class PrivacyLedger:
 
     def __init__(self, num_samples: int | None = None) -> None:
         require(
-            num_samples is None or num_samples > 0, "number of samples", num_samples, "is positive"
+            num_samples is None or num_samples > 0,
+            "number of samples",
+            num_samples,
+            "must be positive",
         )
         self.num_samples = num_samples
         self.phases: list[Phase] = []
-        self._epoch_open = False
+        # Of the next shuffled step: may it join the last phase, does it certainly begin an epoch?
+        self._merges, self._aligned = False, True
 
     @property
     def steps(self) -> int:
@@ -199,29 +224,32 @@ class PrivacyLedger:
         require(sampler in ("poisson", "shuffle", "none"), "sampler", sampler, "is not known")
         norm = max_grad_norm
         require(norm is None or norm > 0, "clipping norm", norm, "must be positive")
-        if sampler == "shuffle" and all(phase.sampler != "shuffle" for phase in self.phases):
-            warnings.warn(
-                "Shuffled batches are accounted without amplification, as one full release per "
-                f"epoch of {_epoch_length(sample_rate)} steps, under zeroing out one sample. For "
-                "amplification sample with curvopt.privacy.PoissonBatchSampler.",
-                stacklevel=2,
-            )
         new = Phase(float(noise_multiplier), float(sample_rate), int(steps), sampler)
-        key = (new.noise_multiplier, new.sample_rate, sampler)
         last = self.phases[-1] if self.phases else None
-        same = last and key == (last.noise_multiplier, last.sample_rate, last.sampler)
-        if last and same and (sampler != "shuffle" or self._epoch_open):
+        if sampler == "shuffle":
+            shuffled = [phase for phase in self.phases if phase.sampler == "shuffle"]
+            new.aligned = self._aligned or not shuffled or shuffled[-1].ends_an_epoch
+            if not self._merges:
+                last = None
+            self._merges, self._aligned = True, False
+            if not shuffled:
+                warnings.warn(
+                    "Shuffled batches are accounted without amplification, as one full release per "
+                    f"epoch of {_epoch_length(sample_rate)} steps, under zeroing out one sample. "
+                    "For amplification sample with curvopt.privacy.PoissonBatchSampler.",
+                    stacklevel=2,
+                )
+        if last and last.kind == new.kind:
             last.steps += new.steps
         else:
             self.phases.append(last := new)
         if norm is not None:
             last.min_grad_norm = min(norm, last.min_grad_norm or norm)
             last.max_grad_norm = max(norm, last.max_grad_norm or norm)
-        self._epoch_open = True
 
     def new_epoch(self) -> None:
-        """Say that the next shuffled step belongs to a new order, after an epoch was cut short."""
-        self._epoch_open = False
+        """Say that the next step begins a new shuffled order, after an epoch was cut short."""
+        self._merges, self._aligned = False, True
 
     def epsilon(self, delta: float, accountant: Accountant = "pld") -> float:
         """The epsilon spent so far: an upper bound, also where it was computed numerically.
@@ -295,10 +323,10 @@ class PrivacyLedger:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a saved history; a shuffled epoch begins anew, as its order may have."""
+        """Go on from a saved history; within a shuffled epoch, with an order that may be new."""
         self.num_samples = state["num_samples"]
         self.phases = [Phase(**phase) for phase in state["phases"]]
-        self._epoch_open = False
+        self._merges, self._aligned = False, False
 
     def _releases(self) -> Releases:
         """Equal releases together, in the order of their last use, so that prefixes stay cached."""
@@ -309,7 +337,7 @@ class PrivacyLedger:
             if sigma == 0:
                 return ((0.0, 1.0, 1),)
             if phase.sampler == "shuffle":
-                count = math.ceil(count / _epoch_length(rate))
+                count = phase.epochs
             if phase.sampler != "poisson" or rate == 1:
                 # Full Gaussian releases compose exactly to one: 1 / sigma^2 adds up.
                 unamplified += count / sigma**2
@@ -364,6 +392,8 @@ def calibrate_noise(
     brentq = import_module("scipy.optimize").brentq
 
     before = ledger or PrivacyLedger()
+    spent = before.epsilon(delta, accountant)
+    require(spent < target_epsilon, "target epsilon", target_epsilon, f"{spent:.3g} is spent")
 
     def excess(sigma: float) -> float:
         plan = PrivacyLedger(before.num_samples)

@@ -36,7 +36,8 @@ class PoissonBatchSampler(Sampler[list[int]]):
     Args:
         data: The data set, or its number of samples N.
         sample_rate: q in (0, 1]. Give it or ``expected_batch_size``.
-        expected_batch_size: qN; the same number goes to the optimizer.
+        expected_batch_size: qN; the same number goes to the optimizer. The rate then depends on
+            N, which is as good as published.
         steps: Batches per iteration. Default: 1/q, rounded, after which each sample was drawn once
             on average.
         generator: Draws the key, to repeat a run; not used afterwards. Default: the operating
@@ -101,7 +102,7 @@ class PoissonBatchSampler(Sampler[list[int]]):
 
     @property
     def expected_batch_size(self) -> float:
-        """QN, the mean size of a logical batch: the divisor of the private gradient."""
+        """The mean size of a logical batch, qN."""
         return self.sample_rate * self.num_samples
 
     def __len__(self) -> int:
