@@ -146,10 +146,13 @@ def difference(quantity: Quantity, mine: harness.Variant, theirs: harness.Varian
     return max(float((a - b * scale).norm() / (a.norm() + 1e-30)) for a, b in pairs)
 
 
-def measure(problem: Timed, rounds: int, device: torch.device) -> dict[str, Any]:
-    """Checks and times one problem."""
+def measure(
+    problem: Timed, rounds: int, device: torch.device, only: list[str] | None = None
+) -> dict[str, Any]:
+    """Checks and times one problem, all quantities or only those named."""
     libraries = {name: make(*problem.build(device)) for name, make in LIBRARIES.items()}
-    names = [q.name for q in QUANTITIES if q.name in libraries[OURS] or not libraries[OURS]]
+    known = libraries[OURS] or libraries[BACKPACK]
+    names = [q.name for q in QUANTITIES if q.name in known and (not only or q.name in only)]
     differences = {}
     for quantity in QUANTITIES:
         pair = [libraries[library].get(quantity.name) for library in (OURS, BACKPACK)]
@@ -242,12 +245,14 @@ def report(result: dict[str, Any]) -> str:
 
 def main(argv: list[str] | None = None) -> None:
     """Measures the chosen problems and writes `quantities.json` and `quantities.md`."""
-    args = harness.arguments(__doc__, rounds=15, problems=CLASSIFIERS).parse_args(argv)
+    parser = harness.arguments(__doc__, rounds=15, problems=CLASSIFIERS)
+    parser.add_argument("--quantity", action="append", choices=[q.name for q in QUANTITIES])
+    args = parser.parse_args(argv)
     harness.pin(args.threads, args.seed)
     rounds = 3 if args.quick else args.rounds
     result: dict[str, Any] = {"machine": harness.machine(args.seed), "rounds": rounds}
     result["problems"] = {
-        name: measure(CLASSIFIERS[name], rounds, torch.device(args.device))
+        name: measure(CLASSIFIERS[name], rounds, torch.device(args.device), args.quantity)
         for name in args.problem or CLASSIFIERS
     }
     harness.save(args.out, "quantities", result, report(result))
