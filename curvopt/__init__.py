@@ -4,6 +4,7 @@ from curvopt.api import compute, record
 from curvopt.engine.compute import Result, SlowPathWarning
 from curvopt.engine.registry import register_rule
 from curvopt.errors import CurvoptError
+from curvopt.optim import DiagGGNOptimizer
 from curvopt.quantities import (
     BatchDiagGGNExact,
     BatchDiagGGNMC,
@@ -31,6 +32,7 @@ __all__ = [
     "CurvoptError",
     "DiagGGNExact",
     "DiagGGNMC",
+    "DiagGGNOptimizer",
     "Gradient",
     "Quantity",
     "Result",

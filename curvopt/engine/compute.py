@@ -118,33 +118,14 @@ class Computation:
         if reduction not in (None, "mean", "sum"):
             raise ValueError(f"Invalid reduction: {reduction!r} (use 'mean' or 'sum')")
         self.reduction = reduction
-        self._check_loss()
-        self.terms: list[Loss] = []
-        self.reached: list[Use] = []
-
-    def _check_loss(self) -> None:
-        loss = self.loss
-        if not isinstance(loss, Tensor):
-            raise CurvoptError(
-                f"the closure returned {type(loss).__name__}, not the loss as a tensor"
-            )
-        if loss.ndim and loss.numel() != 1:
-            raise CurvoptError(f"the loss has shape {list(loss.shape)}; reduce it to a scalar")
-        if not loss.requires_grad:
-            raise CurvoptError(
-                "the loss does not depend on any parameter that requires a gradient (was it "
-                "computed under no_grad, or detached?)"
-            )
-        if not torch.isfinite(loss.detach()).all():
-            raise CurvoptError(
-                f"the loss is {loss.item()}, not finite; nothing was changed. Lower the learning "
-                "rate, or look for inputs that are not finite"
-            )
+        check_loss(loss)
         if any(leaf.grad is not None for leaf in self.record.leaves):
             raise CurvoptError(
                 "torch.autograd.backward() went over the recorded graph unseen; call "
                 "loss.backward() instead, once"
             )
+        self.terms: list[Loss] = []
+        self.reached: list[Use] = []
 
     # -- public -----------------------------------------------------------------------------------
 
@@ -540,6 +521,27 @@ class Computation:
     def _nothing(self, parameter: Tensor, columns: int) -> Structure:
         """The structure of a parameter that took no part."""
         return Dense(parameter.new_zeros(()).expand(columns, self.samples, *parameter.shape))
+
+
+def check_loss(loss: Any) -> None:
+    """Refuse what is no finite scalar loss with a graph."""
+    if not isinstance(loss, Tensor):
+        raise CurvoptError(
+            f"the closure returned {type(loss).__name__}, not the loss as a tensor: "
+            "end it with `return loss`"
+        )
+    if loss.numel() != 1:
+        raise CurvoptError(f"the loss has shape {list(loss.shape)}; reduce it to a scalar")
+    if not loss.requires_grad:
+        raise CurvoptError(
+            "the loss does not depend on any parameter that requires a gradient (was it "
+            "computed under no_grad, or detached?)"
+        )
+    if not torch.isfinite(loss.detach()).all():
+        raise CurvoptError(
+            f"the loss is {loss.item()}, not finite; nothing was changed. Lower the learning "
+            "rate, or look for inputs that are not finite"
+        )
 
 
 def _inverse(share: float | Tensor) -> float | Tensor:
