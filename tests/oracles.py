@@ -48,6 +48,10 @@ def loop(quantity, model, loss_fn, x, y, params, **options):
     return {p: torch.stack([row[p] for row in rows]) for p in params}
 
 
+def matrix(rows):
+    return rows.reshape(len(rows), -1)
+
+
 # First order.
 
 
@@ -56,7 +60,7 @@ def batch_grad(model, loss_fn, x, y, params, create_graph=False):
 
 
 def batch_l2(*problem):
-    return {p: rows.flatten(1).square().sum(1) for p, rows in batch_grad(*problem).items()}
+    return {p: matrix(rows).square().sum(1) for p, rows in batch_grad(*problem).items()}
 
 
 def sum_grad_squared(*problem):
@@ -77,7 +81,7 @@ def total_variance_grad(model, loss_fn, x, y, params):
 def clipped_grad_sum(*problem, max_norm):
     """Each sample's whole gradient, scaled to norm `max_norm` where it is longer; then the sum."""
     rows = batch_grad(*problem)
-    norms = torch.cat([r.flatten(1) for r in rows.values()], 1).norm(dim=1)
+    norms = torch.cat([matrix(r) for r in rows.values()], 1).norm(dim=1)
     factors = torch.where(norms > max_norm, max_norm / norms, torch.ones_like(norms))
     return {p: torch.einsum("n,n...->...", factors, r) for p, r in rows.items()}
 

@@ -5,10 +5,11 @@ import inspect
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 import curvopt
 from tests import oracles
-from tests.cases import CASES, Case
+from tests.cases import CASES, Case, Loss, build, function
 from tests.oracles import assert_close
 
 # field of the result: the quantity, its oracle and the oracle's options
@@ -112,6 +113,25 @@ def test_clipping_is_of_the_whole_gradient(max_norm):
     assert_close(result.clipped_grad_sum, oracles.clipped_grad_sum(*problem, max_norm=max_norm))
 
 
+@rows(CASES)
+def test_root_of_the_ggn(case):
+    """All of the matrix, across parameters too."""
+    problem = case.build()
+    result = curvopt.compute(problem.loss, problem.params, curvopt.SqrtGGNExact())
+    roots = [v.flatten(0, 1) for v in result.sqrt_ggn_exact.values()]
+    root = torch.cat([oracles.matrix(v) for v in roots], 1)
+    assert_close(root.T @ root, oracles.ggn(*problem))
+
+
+@rows(FEW)
+def test_gradient_by_name(case):
+    problem = case.build()
+    result = curvopt.compute(
+        problem.loss, problem.params, curvopt.Gradient(), curvopt.DiagGGNExact()
+    )
+    assert_close(result.grad, oracles.grad(*problem))
+
+
 # Sketches: random, so their mean is what is exact.
 
 
@@ -146,7 +166,7 @@ def test_more_samples_average_more(field):
         ]  # fmt: skip
         return torch.stack(draws).var(0).sum()
 
-    assert spread(samples=1) / spread(samples=8) == pytest.approx(8, rel=0.3)
+    assert float(spread(samples=1) / spread(samples=8)) == pytest.approx(8, rel=0.3)
 
 
 @rows([Case("linear-one-output", "mse"), Case("linear-squeezed", "bce")])
@@ -182,6 +202,21 @@ def test_random_and_exact_in_one_call():
 
 
 # How to ask, and what comes back.
+
+
+def test_batch_size_settles_the_sample_axis():
+    """Tokens with the time first, in the model and in the loss, and nothing that couples them."""
+
+    def loss_fn(z, y):
+        return F.mse_loss(z.transpose(0, 1).flatten(0, 1), y.transpose(0, 1).flatten(0, 1))
+
+    problem = build(
+        function(lambda x, w: (x.transpose(0, 1) @ w).tanh().transpose(0, 1), w=(4, 3)),
+        (5, 4),
+        Loss(loss_fn, torch.randn_like),
+    )
+    result = curvopt.compute(problem.loss, problem.params, curvopt.BatchGrad(), batch_size=4)
+    assert_close(result.batch_grad, oracles.batch_grad(*problem))
 
 
 def test_no_quantity_gives_loss_and_gradient():
@@ -270,7 +305,6 @@ def test_nothing_is_left_behind(case):
 def test_every_quantity_has_a_row():
     """A quantity without an oracle would go untested."""
     known = {type(q) for q, *_ in QUANTITIES.values()} | {q for q, _ in SKETCHES.values()}
-    public = {vars(curvopt)[name] for name in curvopt.__all__}
-    base = curvopt.BatchGrad.__mro__[-2]
-    quantities = {c for c in public if inspect.isclass(c) and issubclass(c, base) and c is not base}
-    assert quantities == known
+    known |= {curvopt.Gradient, curvopt.SqrtGGNExact, curvopt.SqrtGGNMC}
+    public = filter(inspect.isclass, map(vars(curvopt).get, curvopt.__all__))
+    assert {c for c in public if issubclass(c, curvopt.Quantity)} == {curvopt.Quantity, *known}

@@ -5,9 +5,11 @@ import torch
 import torch.nn.functional as F
 
 from curvopt.structures import (
+    Conv,
     Dense,
     Disjoint,
     Outer,
+    Permuted,
     Pulled,
     Scale,
     Shift,
@@ -79,6 +81,29 @@ def halves(kind):
     return kind(structures), torch.cat([rows for _, rows in parts], 2)
 
 
+def convolution(v, channels, sizes, shape, stride=1, padding=0, dilation=1, groups=1, k=1):
+    """`k` inputs per sample; the definition is autograd's, one cotangent and input at a time."""
+    dim = len(sizes)
+    call = (F.conv1d, F.conv2d, F.conv3d)[dim - 1]
+    input, weight = normal(N, k, channels, *sizes), normal(*shape)
+    options = [[option] * dim for option in (stride, padding, dilation)]
+    outputs = [call(i[None], weight, None, *options, groups) for i in input.flatten(0, 1)]
+    cotangent = normal(v, N, k, *outputs[0].shape[1:])
+    rows = [
+        torch.autograd.grad(output, weight, c[None], create_graph=True)[0]
+        for column in cotangent
+        for output, c in zip(outputs, column.flatten(0, 1), strict=True)
+    ]
+    structure = Conv(cotangent, input, weight.shape, *options, groups)
+    return structure, torch.stack(rows).unflatten(0, (v, N, k)).sum(2)
+
+
+def permuted(order, shape):
+    inner, rows = outer(2, 1, 4, 3, 2, shape=(3, 2, 1))
+    rows = rows.permute(0, 1, *(2 + axis for axis in order)).reshape(2, N, *shape)
+    return Permuted(inner, order, torch.Size(shape)), rows
+
+
 def several(kind, *parts):
     structures, rows = zip(*parts, strict=True)
     return kind(list(structures)), sum(rows)
@@ -97,6 +122,17 @@ STRUCTURES = {
     "outer-tokens-many-columns": lambda: outer(2, 1, 7, 3, 2),
     "outer-tokens-transposed": lambda: outer(1, 1, 7, 3, 2, transposed=True),
     "outer-convolution": lambda: outer(2, 2, 5, 2, 6, shape=(4, 2, 3)),
+    "conv": lambda: convolution(1, 2, (5,), (3, 2, 3)),
+    "conv-long": lambda: convolution(1, 2, (42,), (3, 2, 3), k=2),
+    "conv-long-columns": lambda: convolution(2, 4, (42,), (6, 2, 3), groups=2, dilation=2),
+    "conv-few-positions": lambda: convolution(2, 4, (4,), (5, 4, 3)),
+    "conv-columns": lambda: convolution(3, 2, (5, 4), (3, 2, 2, 3), padding=1, k=2),
+    "conv-large": lambda: convolution(1, 2, (8, 7), (4, 1, 2, 2), groups=2, k=2),
+    "conv-large-stride": lambda: convolution(2, 2, (14, 15), (3, 2, 3, 3), stride=2, padding=1),
+    "conv-volume": lambda: convolution(1, 1, (2, 3, 2), (2, 1, 2, 2, 2), padding=1),
+    "conv-volume-large": lambda: convolution(2, 2, (4, 4, 5), (2, 1, 1, 2, 2), groups=2),
+    "permuted": lambda: permuted([1, 0, 2], (2, 3)),
+    "permuted-axes": lambda: permuted([2, 1, 0], (1, 2, 3)),
     "shift": lambda: shift(1, (1, 4), (1, 4), (4,)),
     "shift-tokens": lambda: shift(2, (5, 4), (1, 4), (4,)),
     "shift-channels": lambda: shift(2, (1, 4, 2, 3), (1, 4, 1, 1), (4,)),
