@@ -138,13 +138,14 @@ class Computation:
         """
         if all(isinstance(quantity, Gradient) for quantity in quantities):
             return {q.field: Values(q.field, self.gradient(free=free)) for q in quantities}
-        self._prepare()
-        passes = self._passes(quantities)
         values: dict[str, Any] = {}
-        for index, (one, asked) in enumerate(passes.items()):
-            last = free and index == len(passes) - 1
-            for quantity, result in self._run_pass(one, asked, last).items():
-                values[quantity.field] = Values(quantity.field, result)
+        with torch.set_grad_enabled(self.tape.create_graph):
+            self._prepare()
+            passes = self._passes(quantities)
+            for index, (one, asked) in enumerate(passes.items()):
+                last = free and index == len(passes) - 1
+                for quantity, result in self._run_pass(one, asked, last).items():
+                    values[quantity.field] = Values(quantity.field, result)
         return values
 
     def gradient(self, *, free: bool = False) -> dict[Tensor, Tensor]:
@@ -159,15 +160,16 @@ class Computation:
         result = {p: grad[0] for p, grad in direct.items()}
         # A sum over the samples does not need to know them: the batch counts as one sample.
         whole = {use: Layout("batch", 1, use.shape[0]) if use.shape else None for use in uses}
-        parts, uncovered = self._structures(uses, cotangents, whole)
-        for use in uncovered:
-            leaves = [use.arguments[name] for name in use.values]
-            grads = torch.autograd.grad(self.loss, leaves, retain_graph=True)
-            self._add(parts, use, {n: Dense(g[None, None]) for n, g in zip(use.values, grads)})
-        for p, structures in parts.items():
-            for structure in structures:
-                grad = structure.sum().to(p.dtype)
-                result[p] = result[p] + grad if p in result else grad
+        with torch.no_grad():
+            parts, uncovered = self._structures(uses, cotangents, whole)
+            for use in uncovered:
+                leaves = [use.arguments[name] for name in use.values]
+                grads = torch.autograd.grad(self.loss, leaves, retain_graph=True)
+                self._add(parts, use, {n: Dense(g[None, None]) for n, g in zip(use.values, grads)})
+            for p, structures in parts.items():
+                for structure in structures:
+                    grad = structure.sum().to(p.dtype)
+                    result[p] = result[p] + grad if p in result else grad
         return result
 
     # -- the sample axis --------------------------------------------------------------------------
