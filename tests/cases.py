@@ -280,6 +280,10 @@ LOSSES = {
     "ce-probabilities": Loss(F.cross_entropy, probabilities),
     "ce-probabilities-weight": Loss(ce(weighted=True, label_smoothing=0.1), probabilities),
     "ce-rows-mean": Loss(lambda z, y: F.cross_entropy(z, y, reduction="none").mean(), classes),
+    "ce-rows-weighted": Loss(
+        lambda z, y: (F.cross_entropy(z, y[0], reduction="none") * y[1]).mean(),
+        lambda z: (classes(z), torch.rand(classes(z).shape)),
+    ),
     "nll": Loss(lambda z, y: F.nll_loss(F.log_softmax(z, 1), y), classes),
     "nll-everything": Loss(nll, classes),
     "nll-sum": Loss(lambda z, y: nn.NLLLoss(reduction="sum")(nn.LogSoftmax(1)(z), y), classes),
@@ -287,6 +291,9 @@ LOSSES = {
     "mse-sum": Loss(lambda z, y: F.mse_loss(z, y, reduction="sum"), torch.randn_like),
     "mse-module": Loss(nn.MSELoss(), torch.randn_like),
     "mse-rows-sum": Loss(lambda z, y: F.mse_loss(z, y, reduction="none").sum(), torch.randn_like),
+    "mse-rows-mean": Loss(
+        lambda z, y: F.mse_loss(z, y, reduction="none").sum(1).mean(), torch.randn_like
+    ),
     "bce": Loss(F.binary_cross_entropy_with_logits, binary),
     "bce-sum": Loss(nn.BCEWithLogitsLoss(reduction="sum"), torch.rand_like),
     "bce-weights": Loss(bce, binary),

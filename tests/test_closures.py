@@ -28,6 +28,12 @@ def zeroes_in_place(problem, opt):
     return loss
 
 
+def backward_only(problem, opt):
+    loss = problem.loss()
+    loss.backward()
+    return loss
+
+
 def backward_without_return(problem, opt):
     opt.zero_grad()
     problem.loss().backward()
@@ -38,14 +44,7 @@ def zeroes_only(problem, opt):
     return problem.loss()
 
 
-def by_torch_autograd(problem, opt):
-    opt.zero_grad()
-    loss = problem.loss()
-    torch.autograd.backward(loss)
-    return loss
-
-
-HABITS = [calls_backward, zeroes_in_place, backward_without_return, zeroes_only, by_torch_autograd]
+HABITS = [calls_backward, zeroes_in_place, backward_without_return, zeroes_only]
 
 
 def recorded(problem, opt):
@@ -166,14 +165,32 @@ def test_compute_takes_either_habit():
             assert torch.equal(mine, theirs)
 
 
-def test_other_tensors_get_their_gradient():
-    """The input's gradient, when a closure's backward pass reaches it, is plain autograd's."""
+@pytest.mark.parametrize("step", [by_closure(calls_backward), recorded])
+@pytest.mark.parametrize("steps", [1, 2])
+def test_everything_else_gets_its_gradient(step, steps):
+    """Inputs, and the parameters of another optimizer: `backward()` reaches them as ever."""
     problem = Case("mlp-tanh", "ce").build()
     problem.x.requires_grad_()
-    (expected,) = torch.autograd.grad(problem.loss(), problem.x)
-    opt = curvopt.DiagGGNOptimizer(problem.model.parameters())
-    opt.step(lambda: calls_backward(problem, opt))
-    assert_close(problem.x.grad, expected, 1e-12)
+    others = {problem.params[0], problem.params[3]}
+    opt = curvopt.DiagGGNOptimizer(p for p in problem.params if p not in others)
+    for _ in range(steps):
+        for tensor in (problem.x, *others):
+            tensor.grad = None
+        expected = torch.autograd.grad(problem.loss(), [problem.x, *others])
+        step(problem, opt)
+    for tensor, gradient in zip([problem.x, *others], expected, strict=True):
+        assert_close(tensor.grad, gradient, 1e-12)
+
+
+def test_gradients_add_up_until_they_are_zeroed():
+    problem = Case("mlp-tanh", "ce").build()
+    opt = curvopt.DiagGGNOptimizer(problem.params)
+    total = dict.fromkeys(problem.params, 0)
+    for _ in range(3):
+        gradient = oracles.grad(*problem)
+        total = {p: total[p] + gradient[p] for p in total}
+        opt.step(lambda: backward_only(problem, opt))
+    assert_close({p: p.grad for p in problem.params}, total, 1e-12)
 
 
 def test_step_without_closure_or_record():

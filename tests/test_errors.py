@@ -28,7 +28,7 @@ def refused(problem, match):
         yield
     for p, old in zip(problem.params, before, strict=True):
         assert torch.equal(p, old)
-    check(Case("mlp-tanh", "ce").build())
+    check(Case("linear", "ce").build(), fields=["batch_grad"])
 
 
 def by_compute(problem, closure):
@@ -127,6 +127,17 @@ def test_second_backward(problem, run):
         run(problem, closure)
 
 
+@both_ways
+def test_backward_that_cannot_be_seen(problem, run):
+    def closure():
+        loss = problem.loss()
+        torch.autograd.backward(loss)
+        return loss
+
+    with refused(problem, r"loss\.backward\(\)"):
+        run(problem, closure)
+
+
 def test_error_in_the_closure_is_passed_on(problem):
     def closure():
         problem.loss()
@@ -157,6 +168,23 @@ def test_loss_that_is_no_sum_over_samples(problem, loss):
             problem.params,
             curvopt.BatchGrad(),
         )
+
+
+REDUCED_FIRST = {  # over the samples, then over the features
+    "mean-sum": lambda z, y: z.square().mean(0).sum(),
+    "sum-mean": lambda z, y: z.square().sum(0).mean(),
+    "sum-tokens": lambda z, y: F.mse_loss(z, torch.zeros_like(z), reduction="none").mean(0).sum(),
+}
+
+
+@pytest.mark.parametrize("model", ["linear-no-bias", "mlp-tanh", "tokens"])
+@pytest.mark.parametrize("loss", REDUCED_FIRST)
+def test_samples_reduced_before_features(model, loss):
+    problem = Case(model, "ce").build()._replace(loss_fn=REDUCED_FIRST[loss])
+    try:
+        check(problem, fields=["batch_grad"])
+    except curvopt.CurvoptError as error:
+        assert "batch_size" in str(error)  # noqa: PT017 (either is right)
 
 
 def test_curvature_of_a_loss_written_by_hand(problem):
@@ -223,18 +251,21 @@ class Along(nn.Module):
 
 
 class Mixed(nn.Module):
-    def __init__(self, mix):
+    def __init__(self, mix, above):
         super().__init__()
-        self.below, self.mix, self.above = nn.Linear(4, 5), mix, nn.Linear(5, 3)
+        self.below, self.mix, self.above = nn.Linear(4, 5), mix, above
 
     def forward(self, x):
-        return self.above(self.mix(self.below(x).tanh()))
+        return self.above(self.mix(self.below(x)))
 
 
 @pytest.mark.parametrize("loss", ["ce", "mse-sum"])
+@pytest.mark.parametrize("n", [2, 4, 5])
 @pytest.mark.parametrize("mix", MIXING)
-def test_samples_that_the_model_mixes(mix, loss):
-    refuses(Mixed(MIXING[mix]), "sample", loss=loss)
+def test_samples_that_the_model_mixes(mix, loss, n):
+    """Between two layers; then at the output, where the features remain separate."""
+    refuses(Mixed(MIXING[mix], nn.Linear(5, 3)), "sample", loss=loss, n=n)
+    refuses(Mixed(MIXING[mix], nn.Identity()), "sample", loss=loss, n=n)
 
 
 def test_mixing_is_found_after_a_model_that_does_not_mix():
