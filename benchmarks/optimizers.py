@@ -14,6 +14,7 @@ from the same weights.
 from __future__ import annotations
 
 import argparse
+import inspect
 import json
 import math
 import os
@@ -22,6 +23,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -136,6 +138,13 @@ def backpack_diag_ggn(extension: str, damping: float) -> Any:
     return start
 
 
+def own_lr(name: str, otherwise: float) -> float:
+    """The learning rate that a class proposes."""
+    kind = harness.find(name)
+    lr = inspect.signature(kind).parameters["lr"].default if kind else inspect.Parameter.empty
+    return otherwise if lr is inspect.Parameter.empty else lr
+
+
 METHODS: dict[str, Method] = named(
     # The learning rates are the libraries' own defaults, but for SGD, whose 1e-3 nobody would use.
     Method("SGD", loop("torch.optim.SGD"), 0.1, 1e-3, 1.0),
@@ -150,8 +159,8 @@ METHODS: dict[str, Method] = named(
         needs="torch_optimizer.Adahessian",
     ),
     Method(
-        "Shampoo",  # one singular value decomposition per axis and 20 steps
-        loop("torch_optimizer.Shampoo", update_freq=20),
+        "Shampoo",  # one singular value decomposition per axis and 50 steps
+        loop("torch_optimizer.Shampoo", update_freq=50),
         *(0.1, 1e-6, 1e-1),
         needs="torch_optimizer.Shampoo",
         skip=("2c2d",),
@@ -171,13 +180,13 @@ METHODS: dict[str, Method] = named(
     Method(
         "curvopt DiagGGN",
         closure("curvopt.DiagGGNOptimizer"),
-        *(1e-3, 1e-5, 1e-1),
+        *(own_lr("curvopt.DiagGGNOptimizer", 1e-2), 1e-4, 1.0),
         needs="curvopt.DiagGGNOptimizer",
     ),
     Method(
         "curvopt VarianceAdaptiveSGD",
         closure("curvopt.VarianceAdaptiveSGD"),
-        *(0.05, 1e-4, 1.0),
+        *(own_lr("curvopt.VarianceAdaptiveSGD", 0.05), 1e-4, 1.0),
         needs="curvopt.VarianceAdaptiveSGD",
     ),
 )
@@ -295,9 +304,13 @@ def evaluate(model: nn.Module, data: Split) -> tuple[float, float]:
 
 
 def learning_rates(method: Method, trials: int) -> list[float]:
-    """Log-uniform draws; every method gets the same places in its own range."""
+    """Log-uniform draws, one in each of as many equal parts of the range, in mixed order.
+
+    Every method gets the same places in its own range.
+    """
     draw = random.Random(TUNING_SEED)
-    return [method.low * (method.high / method.low) ** draw.random() for _ in range(trials)]
+    places = [(i + draw.random()) / trials for i in draw.sample(range(trials), trials)]
+    return [method.low * (method.high / method.low) ** place for place in places]
 
 
 def score(record: Record) -> float:
@@ -354,34 +367,28 @@ class Campaign:
 
     def groups(self) -> Iterator[tuple[Training, list[tuple[Method, Record]]]]:
         """Runs that take turns: first the trials, then both tracks, seed by seed."""
+        trials, seeds = self.args.trials, range(1, self.args.seeds + 1)
         for problem in self.problems:
-            for trial in range(self.args.trials):
-                yield (
-                    problem,
-                    [
-                        self.run(
-                            problem, m, "trial", TUNING_SEED, learning_rates(m, trial + 1)[trial]
-                        )
-                        for m in self.of(problem)
-                    ],
-                )
-        for seed in range(1, self.args.seeds + 1):
-            for problem in self.problems:
-                runs = [self.run(problem, m, "defaults", seed, m.lr) for m in self.of(problem)]
-                if self.args.trials:
-                    runs += [
-                        self.run(
-                            problem, m, "tuned", seed, best_lr(self.records, problem.name, m.name)
-                        )
-                        for m in self.of(problem)
-                    ]
-                yield problem, runs
+            for trial in range(trials):
+                draws = {m: learning_rates(m, trials)[trial] for m in self.of(problem)}
+                yield problem, self.runs(problem, "trial", TUNING_SEED, draws)
+        for seed, problem in product(seeds, self.problems):
+            runs = self.runs(problem, "defaults", seed, {m: m.lr for m in self.of(problem)})
+            if trials:
+                tried = [r for r in self.records if r["steps"] == self.steps(problem)]
+                best = {m: best_lr(tried, problem.name, m.name) for m in self.of(problem)}
+                runs += self.runs(problem, "tuned", seed, best)
+            yield problem, runs
 
-    def run(
-        self, problem: Training, method: Method, track: str, seed: int, lr: float
-    ) -> tuple[Method, Record]:
-        values = (problem.name, method.name, track, seed, lr, self.steps(problem))
-        return method, dict(zip(KEY, values, strict=True))
+    def runs(
+        self, problem: Training, track: str, seed: int, lrs: dict[Method, float]
+    ) -> list[tuple[Method, Record]]:
+        """A run of each method at its learning rate."""
+        steps = self.steps(problem)
+        return [
+            (m, dict(zip(KEY, (problem.name, m.name, track, seed, lr, steps), strict=True)))
+            for m, lr in lrs.items()
+        ]
 
     def total(self) -> int:
         """The steps of all runs, finished ones included."""

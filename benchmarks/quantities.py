@@ -143,7 +143,7 @@ def difference(quantity: Quantity, mine: harness.Variant, theirs: harness.Varian
     """The largest relative difference over the parameters, once scaled alike."""
     pairs = zip(mine().values(), theirs().values(), strict=True)
     scale = n**quantity.power
-    return max(float((a - b * scale).norm() / (a.norm() + 1e-30)) for a, b in pairs)
+    return max(float((a - b.detach() * scale).norm() / (a.norm() + 1e-30)) for a, b in pairs)
 
 
 def measure(

@@ -25,9 +25,10 @@ from matplotlib import pyplot as plt
 from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
 TRACKS = {"defaults": "defaults, no tuning", "tuned": "tuned learning rate"}
-TARGET = ("SGD, momentum", "AdamW")  # the target is what both reach
+REFERENCES = ("SGD, momentum", "AdamW")  # both of which reach the target
+SLACK = 1.25  # of their error, so that the target is not the edge of what they can do
 TAU = 4.0
-REFERENCE = "SGD"
+UNIT = "SGD"  # of the cost of a step
 
 # Ours in strong colours, families alike: SGD in greys, Adam in greens, BackPACK in purples.
 COLOURS = {
@@ -74,18 +75,20 @@ class Runs:
         return [r for r in self.records if all(r[name] == value for name, value in wanted.items())]
 
     def _target(self, problem: str) -> float:
-        """Validation accuracy that three of four runs of both reference optimizers reach.
+        """The validation accuracy to reach.
 
-        Tuned runs where there are any.
+        Its error is SLACK times the one that three of four runs of both reference optimizers
+        reach, tuned ones where there are any.
         """
         track = "tuned" if self.select(problem=problem, track="tuned") else "defaults"
-        reference = [m for m in TARGET if m in self.methods] or self.methods
-        best = [
-            [max(r["validation_accuracy"], default=0.0) for r in runs]
+        reference = [m for m in REFERENCES if m in self.methods] or self.methods
+        errors = [
+            [1 - max(r["validation_accuracy"], default=0.0) for r in runs]
             for m in reference
             if (runs := self.select(problem=problem, method=m, track=track))
         ]
-        return min((quantile(values, 0.25) for values in best), default=math.nan)
+        worst = max((quantile(values, 0.75) for values in errors), default=math.nan)
+        return 1 - SLACK * worst
 
     def reach(self, record: Record, unit: str) -> float:
         """Seconds or steps ("at") until the target; infinite for a miss."""
@@ -102,7 +105,7 @@ class Runs:
         for run in self.select(problem=problem, method=method):
             same = {"problem": problem, "track": run["track"], "seed": run["seed"]}
             if run["at"] and run["track"] != "trial":
-                rivals = [r for r in self.select(**same, method=REFERENCE) if r["at"]]
+                rivals = [r for r in self.select(**same, method=UNIT) if r["at"]]
                 ratios += [per_step(run) / per_step(rival) for rival in rivals]
         return quantile(ratios, 0.5) if ratios else math.nan
 
@@ -194,8 +197,8 @@ def page(runs: Runs) -> str:
         "# The optimizer benchmark",
         harness.sentence(runs.records[0]["machine"]),
         f"Median and quartiles of {seeds} seeds; a run that misses the target counts as infinite. "
-        f"Targets (validation accuracy that three of four runs of both {TARGET[0]} and {TARGET[1]} "
-        f"reach): {targets}.",
+        f"Targets (validation accuracy; {SLACK:g} times the error that three of four runs of both "
+        f"{' and '.join(REFERENCES)} reach): {targets}.",
     ]
     for name, table in tables(runs).items():
         kind, _, track = name.partition("-")
