@@ -28,6 +28,7 @@ from curvopt.engine.samples import Layout
 from curvopt.errors import CurvoptError, Uncovered
 from curvopt.losses import LOSSES, Loss
 from curvopt.losses.handwritten import Reduction
+from curvopt.ops.recurrent import remember_order
 from curvopt.structures import Structure
 
 Function = Callable[..., Any]
@@ -429,11 +430,13 @@ class Tape(TorchFunctionMode):
     # -- custom module rules ----------------------------------------------------------------------
 
     def __enter__(self):
-        if MODULE_RULES and not self.depth:
-            self.handles = [
-                register_module_forward_pre_hook(self._before_module),
-                register_module_forward_hook(self._after_module, always_call=True),
-            ]
+        if not self.depth:
+            self.handles = [register_module_forward_pre_hook(remember_order)]
+            if MODULE_RULES:
+                self.handles += [
+                    register_module_forward_pre_hook(self._before_module),
+                    register_module_forward_hook(self._after_module, always_call=True),
+                ]
         self.depth += 1
         return super().__enter__()
 

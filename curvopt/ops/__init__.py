@@ -1,3 +1,3 @@
 """Rules of torch's ops: one file a family, registered by torch function."""
 
-from curvopt.ops import conv, linear  # noqa: F401 (they register themselves)
+from curvopt.ops import conv, linear, recurrent  # noqa: F401 (they register themselves)
