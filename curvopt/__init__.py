@@ -4,7 +4,14 @@ from curvopt.api import compute, record
 from curvopt.engine.compute import Result, SlowPathWarning
 from curvopt.engine.registry import register_rule
 from curvopt.errors import CurvoptError
+from curvopt.jacobians import (
+    batch_hessian,
+    batch_hessian_diag,
+    batch_jacobian,
+    param_jacobian,
+)
 from curvopt.optim import DiagGGNOptimizer
+from curvopt.products import ggn_vector_product, hessian_vector_product
 from curvopt.quantities import (
     BatchDiagGGNExact,
     BatchDiagGGNMC,
@@ -41,7 +48,13 @@ __all__ = [
     "SqrtGGNMC",
     "SumGradSquared",
     "Variance",
+    "batch_hessian",
+    "batch_hessian_diag",
+    "batch_jacobian",
     "compute",
+    "ggn_vector_product",
+    "hessian_vector_product",
+    "param_jacobian",
     "record",
     "register_rule",
 ]

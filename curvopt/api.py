@@ -19,16 +19,23 @@ Params = Iterable[Tensor] | Iterable[tuple[str, Tensor]]
 class Recording(Tape):
     """A recorded forward pass, open to any number of `compute` calls; see `record`."""
 
-    def compute(self, loss: Tensor, *quantities: Quantity, reduction: str | None = None) -> Result:
+    def compute(
+        self,
+        loss: Tensor,
+        *quantities: Quantity,
+        reduction: str | None = None,
+        max_columns: int | None = None,
+    ) -> Result:
         """Compute quantities of a loss that was recorded.
 
         Args:
             loss: a scalar, computed inside the ``with`` block.
             *quantities: what to compute.
             reduction: ``"mean"`` or ``"sum"``: how a loss written by hand is reduced over samples.
+            max_columns: columns sent back together at most; bounded by memory in any case.
         """
         asked = quantities_of(quantities)
-        computation = Computation(self, loss, reduction)
+        computation = Computation(self, loss, reduction, max_columns)
         values = computation.run(asked) if asked else {}
         result = Result(computation.loss.detach(), lambda: _complete(computation))
         for field, value in values.items():
@@ -69,6 +76,7 @@ def compute(
     batch_size: int | None = None,
     reduction: str | None = None,
     create_graph: bool = False,
+    max_columns: int | None = None,
 ) -> Result:
     """Compute quantities of the loss that a closure returns, in one forward pass.
 
@@ -80,6 +88,7 @@ def compute(
         batch_size: number of samples, where the first op and the loss do not tell.
         reduction: ``"mean"`` or ``"sum"``: how a loss written by hand is reduced over samples.
         create_graph: keep the quantities differentiable in the parameters and inputs.
+        max_columns: columns sent back together at most; bounded by memory in any case.
 
     Returns:
         A result with a mapping from parameters to values per quantity, ``loss``, and ``grad``.
@@ -105,8 +114,9 @@ def compute(
         raise CurvoptError(
             f"the closure called backward() {len(calls)} times; compute takes one loss: add them"
         )
-    result = tape.compute(calls[0] if calls else loss, *quantities, reduction=reduction)
-    for loss in calls:
+    loss = calls[0] if calls else loss
+    result = tape.compute(loss, *quantities, reduction=reduction, max_columns=max_columns)
+    if calls:
         for p, grad in result.grad.items():
             p.grad = grad.clone() if p.grad is None else p.grad + grad
     return result

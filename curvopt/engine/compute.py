@@ -111,10 +111,20 @@ class Computation:
         tape: the recording.
         loss: the loss, a scalar that was computed while recording.
         reduction: how a loss that was written by hand is reduced over the samples.
+        max_columns: cotangent columns that go together at most; bounded by memory in any case.
     """
 
-    def __init__(self, tape: Tape, loss: Tensor, reduction: str | None = None):
+    def __init__(
+        self,
+        tape: Tape,
+        loss: Tensor,
+        reduction: str | None = None,
+        max_columns: int | None = None,
+    ):
         self.tape, self.loss, self.record = tape, loss, tape.record
+        if max_columns is not None and max_columns < 1:
+            raise ValueError(f"Invalid max_columns: {max_columns}")
+        self.max_columns = max_columns
         if reduction not in (None, "mean", "sum"):
             raise ValueError(f"Invalid reduction: {reduction!r} (use 'mean' or 'sum')")
         self.reduction = reduction
@@ -329,7 +339,8 @@ class Computation:
 
     def _chunk(self) -> int:
         """Columns that may go together: their cotangents at all uses stay under `CHUNK_BYTES`."""
-        return max(1, CHUNK_BYTES // max(1, 4 * self._elements()))
+        fitting = max(1, CHUNK_BYTES // max(1, 4 * self._elements()))
+        return min(fitting, self.max_columns or fitting)
 
     def _elements(self) -> int:
         return sum(use.shape.numel() for use in self.record.uses)

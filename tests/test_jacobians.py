@@ -1,0 +1,181 @@
+"""Jacobians and Hessians sample by sample, against the blocks that plain autograd gives."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+from torch.nn import functional as F
+
+import curvopt
+from tests import oracles
+from tests.cases import MODELS, Case
+from tests.oracles import assert_close
+
+FUNCTIONS = {  # f, shape of one sample
+    "mlp": (lambda: nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)), (3,)),
+    "many-outputs": (lambda: nn.Sequential(nn.Linear(2, 6), nn.Sigmoid()), (2,)),
+    "scalar": (lambda: nn.Sequential(nn.Linear(3, 4), nn.Softplus(), nn.Linear(4, 1)), (3,)),
+    "scalar-squeezed": (lambda: lambda x: x.pow(3).sum((1, 2)), (2, 2)),
+    "convolution": (lambda: nn.Sequential(nn.Conv2d(1, 2, 2), nn.Tanh()), (1, 3, 3)),
+    "linear": (lambda: nn.Linear(3, 5), (3,)),
+    "constant": (lambda: lambda x: torch.ones(len(x), 2, dtype=x.dtype), (3,)),
+    "piecewise": (lambda: nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 6)), (3,)),
+}
+
+
+def build(name, n=3):
+    make, shape = FUNCTIONS[name]
+    f = make()
+    return (f.double() if isinstance(f, nn.Module) else f), torch.randn(n, *shape).double()
+
+
+def jacobian(f, x):
+    """Each sample in a batch of its own."""
+    one = torch.autograd.functional.jacobian
+    return torch.stack([one(lambda a: f(a[None])[0], a, create_graph=True) for a in x])
+
+
+def hessian(f, x):
+    return jacobian(lambda a: jacobian(f, a), x)
+
+
+def diagonal(f, x):
+    H, size = hessian(f, x), x[0].numel()
+    flat = H.reshape(*H.shape[: H.ndim - 2 * (x.ndim - 1)], size, size)
+    return flat.diagonal(dim1=-2, dim2=-1).reshape(*flat.shape[:-2], *x.shape[1:])
+
+
+PAIRS = {
+    "jacobian": (curvopt.batch_jacobian, jacobian),
+    "hessian": (curvopt.batch_hessian, hessian),
+    "hessian-diag": (curvopt.batch_hessian_diag, diagonal),
+}
+every_pair = pytest.mark.parametrize("kind", PAIRS)
+
+
+@every_pair
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_equals_single_samples(kind, name):
+    f, x = build(name)
+    ours, plain = PAIRS[kind]
+    truth = plain(f, x)
+    for options in ({}, {"max_columns": 1}, {"check": False}):
+        value = ours(f, x, **options)
+        assert not value.requires_grad
+        assert_close(value, truth.detach())
+        assert value.shape == truth.shape
+
+
+@every_pair
+@pytest.mark.parametrize("name", ["mlp", "many-outputs", "scalar"])
+def test_trains_through(kind, name):
+    """A loss made of them has the gradient in parameters and inputs that plain autograd gives."""
+    f, x = build(name)
+    x.requires_grad_()
+    leaves = [x, *f.parameters()]
+    ours, plain = PAIRS[kind]
+    slopes = [
+        torch.autograd.grad(value.square().sum(), leaves, materialize_grads=True)
+        for value in (ours(f, x, create_graph=True), plain(f, x))
+    ]
+    for actual, expected in zip(*slopes, strict=True):
+        assert_close(actual, expected)
+
+
+@given(
+    n=st.integers(0, 4),
+    widths=st.lists(st.integers(1, 6), min_size=2, max_size=4),
+    act=st.sampled_from([nn.Tanh, nn.Sigmoid, nn.GELU, nn.ReLU]),
+)
+def test_any_network(n, widths, act):
+    pairs = zip(widths, widths[1:], strict=False)
+    f = nn.Sequential(*(layer for i, o in pairs for layer in (nn.Linear(i, o), act()))).double()
+    x = torch.randn(n, widths[0]).double()
+    for ours, plain in PAIRS.values() if n else ():
+        assert_close(ours(f, x), plain(f, x).detach())
+    assert curvopt.batch_jacobian(f, x).shape == (n, widths[-1], widths[0])
+
+
+@every_pair
+@pytest.mark.parametrize(
+    "mixing",
+    [
+        nn.BatchNorm1d(3).double(),
+        lambda x: x - x.mean(0),
+        lambda x: x.flip(0).sin(),
+        lambda x: x @ x.t(),
+    ],
+)
+def test_refuses_outputs_that_mix_samples(kind, mixing):
+    with pytest.raises(curvopt.CurvoptError, match="mix samples"):
+        PAIRS[kind][0](mixing, torch.randn(4, 3).double())
+
+
+@every_pair
+@pytest.mark.parametrize(
+    ("f", "x", "match"),
+    [
+        (lambda x: x.sum(), torch.randn(4, 3), r"\[4, \*out\], got \[\]"),
+        (lambda x: x[:2], torch.randn(4, 3), r"got \[2, 3\]"),
+        (lambda x: (x, x), torch.randn(4, 3), "got tuple"),
+        (lambda x: x, torch.arange(4), "floating point"),
+        (lambda x: x, torch.tensor(1.0), "floating point"),
+    ],
+)
+def test_refuses(kind, f, x, match):
+    with pytest.raises(curvopt.CurvoptError, match=match):
+        PAIRS[kind][0](f, x)
+
+
+# Parameters.
+
+ONE_OUTPUT = [m for m in MODELS if m != "heads"]
+
+
+@pytest.mark.parametrize("model", ONE_OUTPUT)
+def test_param_jacobian(model):
+    problem = Case(model, "mse").build(n=3)
+    J = curvopt.param_jacobian(lambda: problem.model(problem.x), problem.params)
+    assert_close(J, oracles.param_jacobian(problem.model, problem.x, problem.params))
+
+
+@pytest.mark.parametrize("model", ["mlp-tanh", "convnet", "tokens-wide"])
+@pytest.mark.parametrize("max_columns", [None, 1, 2])
+def test_param_jacobian_in_chunks(model, max_columns):
+    problem = Case(model, "mse").build(n=3)
+    J = curvopt.param_jacobian(
+        lambda: problem.model(problem.x), problem.params, max_columns=max_columns
+    )
+    assert_close(J, oracles.param_jacobian(problem.model, problem.x, problem.params))
+
+
+def test_root_of_the_summed_squares_is_the_jacobian():
+    problem = Case("convnet", "mse-sum").build()
+    roots = curvopt.compute(problem.loss, problem.params, curvopt.SqrtGGNExact()).sqrt_ggn_exact
+    truth = oracles.param_jacobian(problem.model, problem.x, problem.params)
+    for p, root in roots.items():
+        assert_close(root.transpose(0, 1), 2**0.5 * truth[p])
+
+
+def test_param_jacobian_is_differentiable():
+    problem = Case("mlp-tanh", "mse").build(n=3)
+    J = curvopt.param_jacobian(lambda: problem.model(problem.x), problem.params, create_graph=True)
+    slopes = torch.autograd.grad(sum(j.square().sum() for j in J.values()), problem.params)
+    f = torch.func.jacrev(lambda ps: torch.func.functional_call(problem.model, ps, problem.x))
+    named = dict(problem.model.named_parameters())
+    truth = sum(j.square().sum() for j in f(named).values())
+    for slope, expected in zip(
+        slopes, torch.autograd.grad(truth, problem.params, materialize_grads=True), strict=True
+    ):
+        assert_close(slope, expected)
+
+
+def test_param_jacobian_refuses():
+    model, x = nn.Linear(3, 2), torch.randn(4, 3)
+    with pytest.raises(curvopt.CurvoptError, match="one tensor"):
+        curvopt.param_jacobian(lambda: (model(x), 1), model.parameters())
+    with pytest.raises(curvopt.CurvoptError, match="not separate"):
+        curvopt.param_jacobian(lambda: F.softmax(model(x), 0), model.parameters())
+    with pytest.raises(ValueError, match="max_columns"):
+        curvopt.param_jacobian(lambda: model(x), model.parameters(), max_columns=0)
