@@ -28,6 +28,7 @@ TRACKS = {"defaults": "defaults, no tuning", "tuned": "tuned learning rate"}
 REFERENCES = ("SGD, momentum", "AdamW")  # both of which reach the target
 SLACK = 1.25  # of their error, so that the target is not the edge of what they can do
 TAU = 4.0
+DROP = 20.0  # points of accuracy that the picture of the sensitivity shows
 UNIT = "SGD"  # of the cost of a step
 
 # Ours in strong colours, families alike: SGD in greys, Adam in greens, BackPACK in purples.
@@ -340,22 +341,24 @@ def sensitivity(runs: Runs, path: Path) -> None:
     """Validation accuracy of every trial against its learning rate, best one at 1."""
     figure, axes = grid(1, len(runs.problems), 2.8)
     for ax, problem in zip(axes.flat, runs.problems, strict=True):
-        finals = []
+        shown: list[tuple[float, float]] = []
         for method in runs.methods:
             trials = runs.select(problem=problem, method=method, track="trial")
             if not trials:
                 continue
             best = best_lr(trials, problem, method)
-            final = [
+            points = [
                 (r["lr"] / best, 0.0 if r["diverged"] else 100 * r["validation_accuracy"][-1])
                 for r in sorted(trials, key=lambda r: r["lr"])
             ]
-            finals += [y for _, y in final]
-            ax.plot(*zip(*final, strict=True), "o-", markersize=3, label=method, **look(method))
+            shown += points
+            ax.plot(*zip(*points, strict=True), "o-", markersize=3, label=method, **look(method))
         ax.axvline(1, color="#bbbbbb", linewidth=1, zorder=1)
         # The upper part tells optimizers apart; what fails leaves the picture at its lower edge.
-        top = max(finals, default=100.0)
-        ax.set(xscale="log", xlabel="lr / best lr", ylim=(top - 20, top + 1))
+        top = max((y for _, y in shown), default=100.0)
+        inside = [x for x, y in shown if y > top - DROP] or [1.0]
+        ax.set(xscale="log", xlabel="lr / best lr", ylim=(top - DROP, top + 1))
+        ax.set_xlim(min(inside) / 1.5, max(inside) * 1.5)
         logarithmic(ax.xaxis)
         ax.set_title(TRAINING[problem].title)
     axes[0, 0].set_ylabel("final validation accuracy, %")
