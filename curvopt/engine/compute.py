@@ -128,7 +128,7 @@ class Computation:
         if reduction not in (None, "mean", "sum"):
             raise ValueError(f"Invalid reduction: {reduction!r} (use 'mean' or 'sum')")
         self.reduction = reduction
-        check_loss(loss)
+        check_loss(loss, finite=finite)
         if any(leaf.grad is not None for leaf in self.record.leaves):
             raise CurvoptError(
                 "torch.autograd.backward() went over the recorded graph unseen; call "
@@ -536,8 +536,8 @@ class Computation:
         return Dense(parameter.new_zeros(()).expand(columns, self.samples, *parameter.shape))
 
 
-def check_loss(loss: Any) -> None:
-    """Refuse what is no finite scalar loss with a graph."""
+def check_loss(loss: Any, *, finite: bool = True) -> None:
+    """Refuse what is no (finite) scalar loss with a graph."""
     if not isinstance(loss, Tensor):
         raise CurvoptError(
             f"the closure returned {type(loss).__name__}, not the loss as a tensor: "
@@ -550,7 +550,7 @@ def check_loss(loss: Any) -> None:
             "the loss does not depend on any parameter that requires a gradient (was it "
             "computed under no_grad, or detached?)"
         )
-    if not torch.isfinite(loss.detach()).all():
+    if finite and not torch.isfinite(loss.detach()).all():
         raise CurvoptError(
             f"the loss is {loss.item()}, not finite; nothing was changed. Lower the learning "
             "rate, or look for inputs that are not finite"

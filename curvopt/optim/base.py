@@ -31,6 +31,9 @@ class EngineOptimizer(torch.optim.Optimizer):
         reduction: ``"mean"`` or ``"sum"``: how a loss written by hand is reduced over samples.
     """
 
+    #: Refuse a loss that is not finite.
+    finite_loss = True
+
     def __init__(
         self,
         params: Any,
@@ -58,6 +61,10 @@ class EngineOptimizer(torch.optim.Optimizer):
         for p, grad in values.pop("grad").items():
             p.grad = grad if p.grad is None else p.grad.add_(grad)
         self.collected.append(values)
+
+    def _tape(self) -> Tape:
+        """What records a step."""
+        return Tape(self._named(), batch_size=self.batch_size)
 
     # -- the step ---------------------------------------------------------------------------------
 
@@ -110,7 +117,7 @@ class EngineOptimizer(torch.optim.Optimizer):
         wanted = self._wanted()
         if not wanted:
             return PlainBackward(self.collected)
-        tape = Tape(self._named(), batch_size=self.batch_size)
+        tape = self._tape()
 
         def backward(
             loss: Tensor,
@@ -124,12 +131,17 @@ class EngineOptimizer(torch.optim.Optimizer):
                     "a recorded backward() takes no arguments; scale the loss instead of giving a "
                     "gradient, and go backward once over one forward pass"
                 )
-            computation = Computation(tape, loss, self.reduction)
+            computation = Computation(tape, loss, self.reduction, finite=self.finite_loss)
             self._accumulate(computation, wanted)
             tape.consume(computation.reached)
 
         tape.on_backward = backward
         return tape
+
+    def __getstate__(self) -> dict[str, Any]:
+        """All but hooks, and ``step``, which learning rate schedulers wrap."""
+        kept = self.__dict__.items()
+        return {k: v for k, v in kept if k != "step" and not k.startswith("_optimizer_")}
 
     def _parameters(self) -> Iterable[Tensor]:
         return (p for group in self.param_groups for p in group["params"])
