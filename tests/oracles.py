@@ -7,13 +7,17 @@ Each function takes `(model, loss_fn, x, y, params)` and returns `{parameter: va
 import torch
 
 
-def assert_close(actual, expected, rtol=1e-9):
-    """Relative to the largest magnitude of the tensor, at least 0.01; dictionaries key by key."""
+def assert_close(actual, expected, rtol=1e-9, scale=None):
+    """Relative to the largest magnitude of `scale`, by default of the expected tensor.
+
+    Magnitudes below 0.01 count as 0.01. Dictionaries are compared key by key.
+    """
     if isinstance(expected, dict):
         for p, value in expected.items():
             assert_close(actual[p], value, rtol)
     else:
-        bound = rtol * max([0.01, *expected.abs().flatten().tolist()])
+        scale = expected if scale is None else scale
+        bound = rtol * max([0.01, *scale.abs().flatten().tolist()])
         torch.testing.assert_close(actual, expected, rtol=0, atol=bound, check_dtype=False)
 
 

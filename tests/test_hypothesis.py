@@ -6,12 +6,13 @@ from itertools import pairwise
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import nn
 
 import curvopt
-from tests.cases import ANY, LOSSES, build
+from tests.cases import ANY, LOSSES, Loss, build, classes
 from tests.test_quantities import ALL, check
 
 WIDTHS = st.integers(1, 4)
@@ -75,21 +76,34 @@ def network(layers, frozen=()):
     return model
 
 
-@given(
-    chain=linears() | convolutions(),
-    loss=st.sampled_from(ANY),
-    n=st.integers(1, 5),
-    precision=st.sampled_from([(torch.float64, 1e-9), (torch.float32, 1e-4)]),
-    frozen=st.sets(st.integers(0, 5), max_size=3),
-    fields=st.sets(st.sampled_from(ALL), min_size=1).map(sorted),
-    seed=st.integers(0, 2**16),
+# Every token or position is a row of the loss, as in a language model.
+TOKENS = Loss(
+    lambda z, y: F.cross_entropy(z.flatten(0, -2), y.flatten()),
+    lambda z: classes(z.movedim(-1, 1)),
 )
-def test_never_a_wrong_number(chain, loss, n, precision, frozen, fields, seed):
-    (layers, shape), (dtype, rtol) = chain, precision
-    problem, exact = (
-        build(partial(network, layers, frozen), shape, LOSSES[loss], n, d, seed)
-        for d in (dtype, torch.float64)
-    )
+POSITIONS = Loss(lambda z, y: TOKENS.fn(z.movedim(1, -1), y), classes)
+
+
+@st.composite
+def problems(draw):
+    """A random network with a random loss, as makers; then how many samples, which are frozen."""
+    layers, shape = draw(linears() | convolutions())
+    losses = [LOSSES[name] for name in ANY]
+    if len(shape) > 1 and nn.Flatten not in layers:
+        losses.append(TOKENS if layers[0].func is nn.Linear else POSITIONS)
+    frozen = draw(st.sets(st.integers(0, 5), max_size=3))
+    n, seed = draw(st.integers(1, 5)), draw(st.integers(0, 2**16))
+    return partial(network, layers, frozen), shape, draw(st.sampled_from(losses)), n, seed
+
+
+@given(
+    drawn=problems(),
+    precision=st.sampled_from([(torch.float64, 1e-9), (torch.float32, 1e-4)]),
+    fields=st.sets(st.sampled_from(ALL), min_size=1).map(sorted),
+)
+def test_never_a_wrong_number(drawn, precision, fields):
+    (make, shape, loss, n, seed), (dtype, rtol) = drawn, precision
+    problem, exact = (build(make, shape, loss, n, d, seed) for d in (dtype, torch.float64))
     assume(problem.params)
     if problem.loss().isfinite():
         check(problem, exact, fields, rtol)
