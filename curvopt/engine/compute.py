@@ -112,6 +112,7 @@ class Computation:
         loss: the loss, a scalar that was computed while recording.
         reduction: how a loss that was written by hand is reduced over the samples.
         max_columns: cotangent columns that go together at most; bounded by memory in any case.
+        finite: refuse a loss that is not finite.
     """
 
     def __init__(
@@ -120,6 +121,8 @@ class Computation:
         loss: Tensor,
         reduction: str | None = None,
         max_columns: int | None = None,
+        *,
+        finite: bool = True,
     ):
         self.tape, self.loss, self.record = tape, loss, tape.record
         if max_columns is not None and max_columns < 1:
