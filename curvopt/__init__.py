@@ -13,6 +13,8 @@ from curvopt.jacobians import (
 from curvopt.optim import DiagGGNOptimizer
 from curvopt.products import ggn_vector_product, hessian_vector_product
 from curvopt.quantities import (
+    KFAC,
+    KFLR,
     BatchDiagGGNExact,
     BatchDiagGGNMC,
     BatchGrad,
@@ -27,10 +29,13 @@ from curvopt.quantities import (
     SumGradSquared,
     Variance,
 )
+from curvopt.verify import verify
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "KFAC",
+    "KFLR",
     "BatchDiagGGNExact",
     "BatchDiagGGNMC",
     "BatchGrad",
@@ -57,4 +62,5 @@ __all__ = [
     "param_jacobian",
     "record",
     "register_rule",
+    "verify",
 ]

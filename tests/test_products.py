@@ -60,6 +60,6 @@ def test_refuses(kind):
     problem = Case("linear", "mse").build()
     with pytest.raises(curvopt.CurvoptError, match="v has shapes"):
         PRODUCTS[kind][0](problem, [torch.ones(1)])
+    vector = problem.model(problem.x)
     with pytest.raises(curvopt.CurvoptError, match="scalar"):
-        vector = problem.model(problem.x)
         curvopt.hessian_vector_product(vector, problem.params, problem.params)

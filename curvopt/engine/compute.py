@@ -456,6 +456,7 @@ class Computation:
         for name, value in use.values.items():
             for root in value.roots:
                 parameter, structure = self.tape.by_id[root], found[name]
+                structure.use = use
                 if value.tensor is not parameter:
                     structure = Pulled(
                         structure,

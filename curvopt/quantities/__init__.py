@@ -17,8 +17,11 @@ from curvopt.quantities.ggn import (
     SqrtGGNExact,
     SqrtGGNMC,
 )
+from curvopt.quantities.kronecker import KFAC, KFLR
 
 __all__ = [
+    "KFAC",
+    "KFLR",
     "BatchDiagGGNExact",
     "BatchDiagGGNMC",
     "BatchGrad",

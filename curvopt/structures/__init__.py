@@ -4,6 +4,7 @@ from curvopt.structures.base import Structure
 from curvopt.structures.conv import Conv
 from curvopt.structures.dense import Dense
 from curvopt.structures.elementwise import Scale, Shift
+from curvopt.structures.kronecker import Factors
 from curvopt.structures.outer import Outer
 from curvopt.structures.permuted import Permuted
 from curvopt.structures.total import Disjoint, Pulled, Total, total
@@ -12,6 +13,7 @@ __all__ = [
     "Conv",
     "Dense",
     "Disjoint",
+    "Factors",
     "Outer",
     "Permuted",
     "Pulled",

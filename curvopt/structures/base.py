@@ -8,6 +8,11 @@ from collections.abc import Iterator
 import torch
 from torch import Size, Tensor
 
+from curvopt.errors import CurvoptError
+from curvopt.structures.kronecker import Factors
+
+# Elements of the largest parameter whose whole curvature block is formed: 64 MiB of float32.
+DENSE_BLOCK = 1 << 12
 # Elements of a block of formed rows: 2 MiB of float32, so that a block stays in a core's cache.
 BLOCK = 1 << 19
 
@@ -23,11 +28,13 @@ class Structure(ABC):
         shape: the parameter's shape.
         columns: V.
         samples: N.
+        use: the one use of the parameter that this is about, if it is the only one.
     """
 
     shape: Size
     columns: int
     samples: int
+    use: object = None
 
     @abstractmethod
     def rows(self, start: int, stop: int) -> Tensor:
@@ -85,6 +92,25 @@ class Structure(ABC):
         """
         flat = direction.flatten()
         return torch.cat([rows.flatten(2) @ flat for _, _, rows in self.blocks()], 1)
+
+    def kronecker(self, *, reduce: bool = False, bias: bool = False) -> Factors:
+        """Kronecker factors of ``sum_vn row_vn row_vn^T``: the exact block, if nothing is cheaper.
+
+        Args:
+            reduce: sum over a sample's tokens first, instead of taking them for samples.
+            bias: with a constant input, whose column is that of a bias (matrices only).
+
+        Raises:
+            CurvoptError: the block has no Kronecker factors and is too large to form.
+        """
+        if self.shape.numel() > DENSE_BLOCK:
+            raise CurvoptError(
+                f"a parameter of shape {list(self.shape)} is used in a way that has no Kronecker "
+                f"factors, and its block of {self.shape.numel()}^2 elements is not formed: leave "
+                "it out of params, or ask for DiagGGNExact"
+            )
+        flat = (rows.reshape(-1, self.shape.numel()) for _, _, rows in self.blocks())
+        return Factors([_accumulate(rows.mT @ rows for rows in flat)])
 
 
 def squared_norm(tensor: Tensor, keep: int) -> Tensor:

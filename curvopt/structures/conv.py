@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Size, Tensor
 
 from curvopt.structures.base import Structure
+from curvopt.structures.kronecker import Factors
 from curvopt.structures.outer import Outer
 
 
@@ -100,6 +101,9 @@ class Conv(Structure):
         t, (o, i) = self.positions, (self.shape[0] // self.groups, self.shape[1:].numel())
         # Gram matrices of the positions, 2 T^2 (O + I) flops, or the formed rows, 2 T O I.
         return self.patches().squared_norms() if t * (o + i) < o * i else super().squared_norms()
+
+    def kronecker(self, *, reduce: bool = False, bias: bool = False) -> Factors:
+        return self.patches().kronecker(reduce=reduce, bias=bias)
 
     def dots(self, direction: Tensor) -> Tensor:
         # <row, d> is the cotangent's product with the convolution of the input by d.

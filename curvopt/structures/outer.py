@@ -6,6 +6,7 @@ import torch
 from torch import Size, Tensor
 
 from curvopt.structures.base import Structure
+from curvopt.structures.kronecker import Factors
 
 
 class Outer(Structure):
@@ -73,6 +74,25 @@ class Outer(Structure):
         if self.outputs <= self.inputs:
             return torch.einsum("vngto,ngto->vn", self.left, self.right @ matrix.mT)
         return torch.einsum("vngti,ngti->vn", self.left @ matrix, self.right)
+
+    def kronecker(self, *, reduce: bool = False, bias: bool = False) -> Factors:
+        """As in `Structure.kronecker`: inputs are averaged over samples, cotangents summed.
+
+        Tokens taken for samples are summed in the inputs' factor and averaged in the other.
+        """
+        left, right = self.left, self.right
+        if bias:
+            right = torch.cat([right, right.new_ones(*right.shape[:-1], 1)], -1)
+        if reduce:
+            left, right = left.sum(-2, keepdim=True), right.mean(-2, keepdim=True)
+        right = right.transpose(0, 1).flatten(1, 2)
+        left = left.movedim(2, 0).flatten(1, 3)
+        inputs = right.mT @ right / max(1, self.samples)
+        outputs = left.mT @ left / (1 if reduce else max(1, self.tokens))
+        if self.groups == 1:
+            inputs, outputs = inputs[0], outputs[0]
+        pair = (inputs, outputs) if self.transposed else (outputs, inputs)
+        return Factors(pair, outputs=int(self.transposed))
 
     def _matrix(self, value: Tensor) -> Tensor:
         o, i = self.outputs, self.inputs

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from curvopt.structures.base import Structure
+from curvopt.structures.kronecker import Factors
 from curvopt.structures.outer import Outer, concatenate
 
 
@@ -113,6 +114,14 @@ class Pulled(Structure):
 
     def squared_norms(self) -> Tensor:
         return self.inner.squared_norms() if self.isometry else super().squared_norms()
+
+    def kronecker(self, *, reduce: bool = False, bias: bool = False) -> Factors:
+        value, parameter = self.value, self.parameter
+        transposed = value.ndim == parameter.ndim == 2 and value.shape == parameter.mT.shape
+        if self.isometry and transposed and value.stride() == parameter.mT.stride():
+            factors = self.inner.kronecker(reduce=reduce, bias=bias)
+            return Factors(reversed(factors), len(factors) - 1 - factors.outputs)
+        return super().kronecker(reduce=reduce, bias=bias)
 
 
 def total(parts: list[Structure]) -> Structure:
