@@ -38,6 +38,7 @@ Step = Callable[[Tensor, Tensor], Tensor]  # one training step on a batch; retur
 Record = dict[str, Any]
 
 TUNING_SEED = 0
+BAR = "{desc} {percentage:3.0f} %|{bar}| {elapsed}, left {remaining}"
 KEY = ("problem", "method", "track", "seed", "lr", "steps")  # what tells one run from another
 
 
@@ -348,6 +349,7 @@ class Campaign:
     def __init__(self, args: argparse.Namespace) -> None:
         self.args = args
         self.records = load(args.out)
+        self.device = torch.device(args.device)
         self.problems = [
             problem
             for name, problem in TRAINING.items()
@@ -390,37 +392,40 @@ class Campaign:
             for m, lr in lrs.items()
         ]
 
-    def total(self) -> int:
-        """The steps of all runs, finished ones included."""
-        tracks = self.args.trials + self.args.seeds * (2 if self.args.trials else 1)
-        return sum(self.steps(p) * len(self.of(p)) * tracks for p in self.problems)
+    def pace(self, problem: Training) -> int:
+        """Microseconds of an SGD step: a progress bar that counts them has a fair time left."""
+        data = problem.data()["train"].to(self.device)
+        x, y = data.x[: problem.size], data.y[: problem.size]
+        step = METHODS["SGD"].start(problem.model().to(self.device), 0.1)
+        times = harness.interleave({"step": lambda: step(x, y)}, 3, self.device)["step"]
+        return 1 + int(1e6 * min(times))
 
     def go(self) -> None:
         """Runs what is missing, group by group."""
         finished = {identity(record) for record in self.records}
         machine = harness.machine()
+        pace = {problem: self.pace(problem) for problem in self.problems}
+        tracks = self.args.trials + self.args.seeds * (2 if self.args.trials else 1)
+        total = sum(pace[p] * self.steps(p) * len(self.of(p)) * tracks for p in self.problems)
         self.args.out.parent.mkdir(parents=True, exist_ok=True)
-        with self.args.out.open("a") as file, tqdm(total=self.total(), unit="step") as bar:
+        with self.args.out.open("a") as file, tqdm(total=total, bar_format=BAR) as bar:
             for problem, runs in self.groups():
                 missing = [(m, key) for m, key in runs if identity(key) not in finished]
-                done = len(runs) - len(missing)
-                bar.update(done * self.steps(problem))
-                bar.initial += done * self.steps(problem)  # no part in the speed, nor the time left
+                done = pace[problem] * self.steps(problem) * (len(runs) - len(missing))
+                bar.update(done)
+                bar.initial += done  # it says nothing about the speed
                 if not missing:
                     continue
                 track, seed = missing[0][1]["track"], missing[0][1]["seed"]
                 bar.set_description(f"{problem.name}, {track}, seed {seed}")
-                device = torch.device(self.args.device)
-                data = {name: part.to(device) for name, part in problem.data().items()}
-                running = [
-                    Run(problem, method, data, key, self.args.evaluations)
-                    for method, key in missing
-                ]
+                data = {name: part.to(self.device) for name, part in problem.data().items()}
+                evaluations = self.args.evaluations
+                running = [Run(problem, m, data, key, evaluations) for m, key in missing]
                 while running:
                     for run in running:
                         before = run.at
                         run.advance()
-                        bar.update((run.steps if run.done else run.at) - before)
+                        bar.update(pace[problem] * ((run.steps if run.done else run.at) - before))
                         if run.done:
                             self.records.append({**run.record(), "machine": machine})
                             file.write(json.dumps(self.records[-1]) + "\n")
