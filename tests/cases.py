@@ -319,10 +319,12 @@ LOSSES = {
 ANY = [loss for loss in LOSSES if loss not in ("tokens", "heads")]  # go with any model
 FLAT = ("linear-squeezed", "matmul-vector")  # outputs [N]: no classes
 
+TWO = ("ce", "mse-sum")
+
 CASES = [  # every model with two losses, every loss with two models
-    *(Case(m, loss) for m in MODELS if m not in (*FLAT, "heads") for loss in ("ce", "mse-sum")),
+    *(Case(m, loss) for m in MODELS if m not in (*FLAT, "heads") for loss in TWO),
     *(Case(m, loss) for m in FLAT for loss in ("mse", "bce", "bce-weights")),
-    *(Case(m, loss) for loss in ANY for m in ("mlp-tanh", "conv1d-groups")),
+    *(Case(m, loss) for loss in ANY if loss not in TWO for m in ("mlp-tanh", "conv1d-groups")),
     Case("tokens-mlp", "tokens"),
     Case("heads", "heads"),
 ]
