@@ -8,6 +8,8 @@ from curvopt.structures import (
     Conv,
     Dense,
     Disjoint,
+    Folded,
+    Lookup,
     Outer,
     Permuted,
     Pulled,
@@ -57,6 +59,21 @@ def scale(v, rest, aligned, shape, factor):
     cotangent, factor = normal(v, N, *rest), normal(*factor)
     rows = broadcast(cotangent * factor, aligned, shape)
     return Scale(cotangent, factor, torch.Size(shape), aligned), rows
+
+
+def lookup(v, shape, samples, indices):
+    values = normal(v, len(indices), max(1, torch.Size(shape[1:]).numel()))
+    samples, indices = torch.tensor(samples), torch.tensor(indices)
+    one_hots = F.one_hot(samples, N).double(), F.one_hot(indices, shape[0]).double()
+    rows = torch.einsum("vmd,mn,mr->vnrd", values, *one_hots).reshape(v, N, *shape)
+    return Lookup(values, samples, indices, N, torch.Size(shape)), rows
+
+
+def folded(v):
+    left, right = normal(1, N * v, 1, 4, 3), normal(N * v, 1, 4, 2)
+    rows = torch.einsum("nto,nti->noi", left[0, :, 0], right[:, 0])
+    inner = Outer(left, right, rows.shape[1:])
+    return Folded(inner, v), rows.unflatten(0, (N, v)).transpose(0, 1)
 
 
 def pulled(derive, isometry=False):
@@ -140,6 +157,13 @@ STRUCTURES = {
     "scale": lambda: scale(1, (1, 4), (1, 4), (4,), (N, 1, 4)),
     "scale-tokens": lambda: scale(2, (5, 4), (1, 4), (4,), (N, 5, 4)),
     "scale-broadcast-factor": lambda: scale(2, (5, 2, 3), (1, 2, 1), (2,), (N, 1, 1, 3)),
+    "lookup": lambda: lookup(1, (5, 2), [0, 1, 2], [3, 0, 3]),
+    "lookup-again": lambda: lookup(2, (4, 2), [0, 0, 0, 1, 1, 2], [1, 1, 2, 0, 0, 1]),
+    "lookup-sample-without": lambda: lookup(2, (4, 2), [2, 0, 2, 0], [1, 3, 1, 3]),
+    "lookup-axes": lambda: lookup(2, (4, 2, 3), [0, 1, 2, 2], [1, 3, 1, 3]),
+    "lookup-numbers": lambda: lookup(1, (4,), [0, 1, 2, 2], [1, 3, 1, 3]),
+    "folded": lambda: folded(1),
+    "folded-columns": lambda: folded(3),
     "pulled-transposed": lambda: pulled(lambda w: w.t(), isometry=True),
     "pulled-slice": lambda: pulled(lambda w: w[1:, ::2], isometry=True),
     "pulled-normalized": lambda: pulled(lambda w: F.normalize(w, dim=1)),
