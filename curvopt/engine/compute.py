@@ -287,7 +287,7 @@ class Computation:
         passes: dict[Pass, list[Quantity]] = {}
         for cotangent, asked in by_cotangent.items():
             own = any(quantity.own for quantity in asked)
-            same_share = self.uniform or len(self.terms) == 1 and cotangent.kind == "gradient"
+            same_share = self.uniform or (len(self.terms) == 1 and cotangent.kind == "gradient")
             if same_share and (cotangent.kind == "gradient" or all(q.own for q in asked)):
                 passes[Pass(cotangent, own)] = asked
             elif self.uniform:

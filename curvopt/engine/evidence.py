@@ -1,12 +1,13 @@
 """Is a call a use, whose output holds samples, or does it make a value shared by all samples?
 
-``W.t()`` or ``W * mask`` make a *derived* parameter; ``x * scale`` is a use of ``scale``. Shapes and
-gradients tell the two apart; what is left open is settled later, by the audit and by the check that
-samples do not mix, never by a guess that could go unnoticed.
+``W.t()`` or ``W * mask`` make a *derived* parameter; ``x * scale`` is a use of ``scale``. Shapes
+and gradients tell the two apart; what is left open is settled later, by the audit and by the check
+that samples do not mix, never by a guess that could go unnoticed.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -29,6 +30,8 @@ def combines_samples(tape: Tape, arguments: Arguments, all_shared: bool) -> bool
     own = [tensor for tensor in tensors if tape.is_shared(tensor)]
     if len(own) == len(tensors):
         return False
+    if tape.hint == 1:  # every op is one of the only sample
+        return True
     if any(tensor.requires_grad for tensor in tensors if not tape.is_shared(tensor)):
         return True
     shapes = [tensor.shape for tensor in tensors]
@@ -37,27 +40,37 @@ def combines_samples(tape: Tape, arguments: Arguments, all_shared: bool) -> bool
 
 def looks_up_samples(tape: Tape, arguments: Arguments, all_shared: bool) -> bool:
     """The indices are data (token ids), not one table for all samples (positions)."""
-    indices, hint = arguments["input"], tape.hint
-    if all_shared or not isinstance(indices, Tensor) or not indices.ndim:
-        return False
-    if hint is None or hint in indices.shape[:2]:
-        return True
-    return hint > 0 and indices.shape[0] % hint == 0 and indices.shape[0] > 0
+    return not all_shared and _holds_samples(tape, arguments["input"].shape)
 
 
 def indexes_samples(tape: Tape, arguments: Arguments, all_shared: bool) -> bool:
-    """As `looks_up_samples`, for ``table[indices]``, where constant tables are common."""
+    """As `looks_up_samples`, for ``table[indices]`` with one tensor of indices."""
     indices = arguments["index"]
     if all_shared or not isinstance(indices, Tensor) or indices.dtype == torch.bool:
         return False
-    return indices.ndim > 0 and (tape.hint is None or tape.hint in indices.shape[:2])
+    return _holds_samples(tape, indices.shape)
 
 
-def gives_copies(tape: Tape, arguments: Arguments, all_shared: bool) -> bool:
-    """A parameter is expanded or repeated along the sample axis (class tokens, queries)."""
-    source, target = arguments["input"], arguments["target_shape"]
-    before = (1,) * (len(target) - source.ndim) + tuple(source.shape)
-    return any(
-        old == 1 and new == tape.hint and (new > 1 or axis == 0)
-        for axis, (old, new) in enumerate(zip(before[:2], target[:2], strict=True))
-    )
+def _holds_samples(tape: Tape, shape: torch.Size) -> bool:
+    """Whether indices of this shape are data; an axis of size 1 is for broadcasting."""
+    if not tape.record.uses:  # the model's first op meets data
+        return len(shape) > 0 and (shape[0] != 1 or tape.hint == 1)
+    return tape.hint in (shape[:2] if shape[:1] != (1,) else shape[:1])
+
+
+def gives_copies(target_shape: Callable[[Arguments], Sequence[int]]) -> Callable[..., bool]:
+    """A parameter is expanded or repeated along the sample axis (class tokens, queries).
+
+    Args:
+        target_shape: shape of the output, from the arguments.
+    """
+
+    def applies(tape: Tape, arguments: Arguments, all_shared: bool) -> bool:
+        target = target_shape(arguments)
+        before = (1,) * (len(target) - arguments["input"].ndim) + arguments["input"].shape
+        grown = [old == 1 and new > 1 for old, new in zip(before, target, strict=True)]
+        if tape.hint is None:
+            return grown[:1] == [True]
+        return tape.hint == 1 or any(new == tape.hint and up for new, up in zip(target[:2], grown, strict=False))
+
+    return applies

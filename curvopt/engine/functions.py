@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import types
 from collections.abc import Callable
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import torch
@@ -76,7 +76,7 @@ def _false(*_: Any) -> bool:
     return False
 
 
-@lru_cache(maxsize=None)
+@cache
 def unwrapped(func: Function) -> Function | None:
     """The body of a torch function that is written in Python, without its torch-function check.
 

@@ -8,7 +8,7 @@ computation in recorded ops. Losses register themselves in `curvopt.losses`.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
@@ -23,6 +23,12 @@ if TYPE_CHECKING:
 Function = Callable[..., Any]
 Applies = Callable[..., bool]
 Arguments = dict[Any, Any]
+Unread = Callable[[Arguments], Iterable[str]]
+
+
+def nothing(arguments: Arguments) -> Iterable[str]:
+    """No names."""
+    return ()
 
 
 class Rule:
@@ -32,13 +38,22 @@ class Rule:
         function: ``function(use, **arguments) -> {argument name: Structure}``.
         parameters: names of the arguments that may hold a tracked value.
         applies: whether a call is a use that the rule covers (see `curvopt.engine.evidence`).
+        unread: names of arguments whose values the rule does not read, given the arguments: data
+            that need not be kept, and may change in place.
     """
 
-    def __init__(self, function: Function, parameters: str, applies: Applies = has_data):
+    def __init__(
+        self,
+        function: Function,
+        parameters: str,
+        applies: Applies = has_data,
+        unread: Unread = nothing,
+    ):
         signature = list(inspect.signature(function).parameters.values())[1:]
-        self.function, self.applies = function, applies
+        self.function, self.applies, self.unread = function, applies, unread
         self.parameters = frozenset(parameters.split())
-        self.names = tuple(p.name for p in signature)
+        self.names = tuple(p.name for p in signature if p.kind is p.POSITIONAL_OR_KEYWORD)
+        self.rest = next((p.name for p in signature if p.kind is p.VAR_POSITIONAL), None)
         self.defaults = {p.name: p.default for p in signature if p.default is not p.empty}
 
     def bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[Any, Any]:
@@ -46,6 +61,8 @@ class Rule:
         bound = dict(self.defaults)
         bound.update(zip(self.names, args, strict=False))
         bound.update(kwargs)
+        if self.rest is not None:
+            bound[self.rest] = args[len(self.names) :]
         return bound
 
     def holds_parameter(self, name: Any) -> bool:
@@ -54,14 +71,14 @@ class Rule:
 
     def structures(self, use: UseView, arguments: dict[Any, Any]) -> dict[Any, Structure]:
         """Structures by argument name."""
-        return self.function(use, **arguments)
+        return self.function(use, **{k: v for k, v in arguments.items() if k != self.rest})
 
 
 class FunctionRule(Rule):
     """A user's rule for a torch function; its arguments go by position or keyword."""
 
     def __init__(self, function: Function):
-        self.function, self.applies = function, has_data
+        self.function, self.applies, self.unread = function, has_data, nothing
 
     def bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[Any, Any]:
         return {**dict(enumerate(args)), **kwargs}
@@ -85,14 +102,13 @@ class ModuleRule(FunctionRule):
         return checked(self.function(arguments["module"], inputs, output, use.flat), use)
 
 
-
 RULES: dict[Function, Rule] = {}
 COMPOSITIONS: dict[Function, Function] = {}
 MODULE_RULES: dict[type[nn.Module], ModuleRule] = {}
 
 
 def rule(
-    *functions: Function, parameters: str, applies: Applies = has_data
+    *functions: Function, parameters: str, applies: Applies = has_data, unread: Unread = nothing
 ) -> Callable[[Function], Function]:
     """Register the decorated function as the rule of some torch functions.
 
@@ -102,10 +118,11 @@ def rule(
         *functions: torch functions with the same arguments.
         parameters: names of the arguments that may be parameters, separated by blanks.
         applies: whether a call is a use that the rule covers; by default any with data.
+        unread: names of arguments whose values the rule does not read.
     """
 
     def decorate(function: Function) -> Function:
-        RULES.update(dict.fromkeys(functions, Rule(function, parameters, applies)))
+        RULES.update(dict.fromkeys(functions, Rule(function, parameters, applies, unread)))
         return function
 
     return decorate

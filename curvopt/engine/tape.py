@@ -7,7 +7,7 @@ changes of the output, where a kept tensor would silently change its meaning.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from copy import copy
 from dataclasses import dataclass, field
 from typing import Any
@@ -230,6 +230,8 @@ class Tape(TorchFunctionMode):
         record.signature = hash((record.signature, func))
         tracked, all_shared, tensors = self._classify(args, kwargs)
         if tracked and torch.is_grad_enabled():
+            if func in LOSSES and not all_shared:
+                return self._loss(func, args, kwargs)
             if func in COMPOSITIONS and not all_shared:
                 with self:
                     return COMPOSITIONS[func](*args, **kwargs)
@@ -306,13 +308,8 @@ class Tape(TorchFunctionMode):
         return output
 
     def _entries(self, args, kwargs) -> list[Shared]:
-        found = []
-        for value in (*args, *kwargs.values()):
-            if isinstance(value, Tensor) and id(value) in self.shared:
-                found.append(self.shared[id(value)])
-            elif type(value) in (list, tuple):
-                found += self._entries(value, {})
-        return found
+        tensors = _tensors((*args, *kwargs.values()))
+        return [self.shared[id(value)] for value in tensors if id(value) in self.shared]
 
     def _carries_no_samples(self, args, kwargs) -> bool:
         """No operand is an activation: the others are buffers, or data of unknown kind.
@@ -322,8 +319,8 @@ class Tape(TorchFunctionMode):
         the audit.
         """
         return not any(
-            isinstance(value, Tensor) and value.requires_grad and id(value) not in self.shared
-            for value in (*args, *kwargs.values())
+            value.requires_grad and id(value) not in self.shared
+            for value in _tensors((*args, *kwargs.values()))
         )
 
     def _covers(self, rule: Rule, arguments: dict[Any, Any], all_shared: bool) -> bool:
@@ -354,6 +351,9 @@ class Tape(TorchFunctionMode):
                 values[name] = entry
         output = func(*_swap(args, swaps), **{k: _swap_one(v, swaps) for k, v in kwargs.items()})
         output = _own(output)
+        arguments.update(
+            dict.fromkeys(name for name in rule.unread(arguments) if name not in values)
+        )
         kept = [
             (value, value._version)
             for name, value in arguments.items()
@@ -510,6 +510,15 @@ def _named(params: Iterable[Any]) -> dict[Tensor, str]:
     if not names:
         raise CurvoptError("no parameters were given")
     return names
+
+
+def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
+    """The tensors among the arguments of a call, those in lists too."""
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif type(value) in (list, tuple):
+            yield from _tensors(value)
 
 
 def _swap_one(value: Any, swaps: dict[int, Tensor]) -> Any:

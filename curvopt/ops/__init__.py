@@ -1,3 +1,12 @@
 """Rules of torch's ops: one file a family, registered by torch function."""
 
-from curvopt.ops import conv, linear, recurrent  # noqa: F401 (they register themselves)
+from curvopt.ops import (  # noqa: F401 (they register themselves)
+    arithmetic,
+    bilinear,
+    conv,
+    embedding,
+    linear,
+    norm,
+    recurrent,
+    transposed,
+)

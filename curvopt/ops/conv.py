@@ -15,11 +15,12 @@ if TYPE_CHECKING:
     from curvopt.engine.tape import Tape, UseView
 
 
-def _batched(tape: Tape, arguments: Arguments, all_shared: bool) -> bool:
+def batched(tape: Tape, arguments: Arguments, all_shared: bool) -> bool:
+    """The input has a batch axis."""
     return not all_shared and arguments["input"].ndim == arguments["weight"].ndim
 
 
-@rule(F.conv1d, F.conv2d, F.conv3d, parameters="weight bias", applies=_batched)
+@rule(F.conv1d, F.conv2d, F.conv3d, parameters="weight bias", applies=batched)
 def convolution(
     use: UseView, input: Tensor, weight: Tensor, bias: Tensor | None = None,
     stride: Any = 1, padding: Any = 0, dilation: Any = 1, groups: int = 1,

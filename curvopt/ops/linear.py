@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import string
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -9,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from curvopt.engine.registry import rule
+from curvopt.errors import Uncovered
 from curvopt.ops.contraction import contraction
 from curvopt.structures import Outer, Shift, Structure
 
@@ -46,6 +48,13 @@ def _one_side(names: tuple[str, str]) -> Any:
         return not all_shared and sum(tracked) < 2
 
     return applies
+
+
+def _two_operands(tape: Tape, arguments: Arguments, all_shared: bool) -> bool:
+    """An einsum of two tensors, given by an equation."""
+    given = isinstance(arguments["left"], Tensor) and isinstance(arguments["right"], Tensor)
+    plain = isinstance(arguments["equation"], str) and not arguments["others"]
+    return given and plain and _one_side(("left", "right"))(tape, arguments, all_shared)
 
 
 def product(use: UseView, left: Tensor, right: Tensor, names: tuple[str, str]):
@@ -113,3 +122,37 @@ def addmm(
     if "mat1" in use.parameters or "mat2" in use.parameters:
         found |= product(use.scaled(alpha), mat1, mat2, ("mat1", "mat2"))
     return found
+
+
+@rule(
+    torch.functional.einsum,
+    parameters="left right",
+    applies=_two_operands,
+)
+def einsum(use: UseView, equation: str, left: Any = None, right: Any = None, *others: Any):
+    """A product of a parameter and data, in any of whose axes are summed or not."""
+    letters, out = _letters(equation, left.ndim, right.ndim, use.output_ndim)
+    side = 0 if "left" in use.parameters else 1
+    operands, names = (left, right), ("left", "right")
+    own, other = letters[side], letters[1 - side]
+    if any(len(set(part)) < len(part) for part in letters) or not set(own) <= set(out + other):
+        raise Uncovered(f"einsum {equation!r} takes a diagonal or sums a parameter by itself")
+    structure = contraction(use, out, operands[1 - side], other, operands[side].shape, own)
+    return {names[side]: structure}
+
+
+def _letters(equation: str, *ndims: int) -> tuple[list[str], str]:
+    """Letters of the operands and of the output, for ellipses too."""
+    inputs, arrow, out = equation.replace(" ", "").partition("->")
+    parts = inputs.split(",")
+    if not arrow:
+        single = (c for c in inputs if c.isalpha() and inputs.count(c) == 1)
+        out = ("..." if "..." in inputs else "") + "".join(sorted(single))
+    free = [c for c in string.ascii_letters if c not in equation]
+
+    def spelled(part: str, ndim: int) -> str:
+        hidden = ndim - len(part.replace("...", ""))
+        return part.replace("...", "".join(free[:hidden][::-1]))
+
+    *letters, out = (spelled(part, n) for part, n in zip((*parts, out), ndims, strict=True))
+    return letters, out

@@ -4,7 +4,9 @@ from curvopt.structures.base import Structure
 from curvopt.structures.conv import Conv
 from curvopt.structures.dense import Dense
 from curvopt.structures.elementwise import Scale, Shift
+from curvopt.structures.folded import Folded
 from curvopt.structures.kronecker import Factors
+from curvopt.structures.lookup import Lookup
 from curvopt.structures.outer import Outer
 from curvopt.structures.permuted import Permuted
 from curvopt.structures.total import Disjoint, Pulled, Total, total
@@ -14,6 +16,8 @@ __all__ = [
     "Dense",
     "Disjoint",
     "Factors",
+    "Folded",
+    "Lookup",
     "Outer",
     "Permuted",
     "Pulled",

@@ -1,0 +1,220 @@
+"""Elementwise arithmetic and copies: biases, scales, masks, class tokens, position tables."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Size, Tensor
+
+from curvopt.engine.evidence import combines_samples, gives_copies
+from curvopt.engine.registry import composition, rule
+from curvopt.errors import Uncovered
+from curvopt.structures import Scale, Shift, Structure
+
+if TYPE_CHECKING:
+    from curvopt.engine.registry import Arguments
+    from curvopt.engine.tape import Tape, UseView
+
+
+def elementwise(use: UseView, **derivatives: Callable[[], Tensor | float]) -> dict[str, Structure]:
+    """Structures of the parameters of an op that acts element by element, with broadcasting.
+
+    Args:
+        use: cotangent and sample axis.
+        **derivatives: by argument, how to get the derivative of the output in it (see `scaled`).
+    """
+    return {
+        name: scaled(use, derivatives[name](), parameter.shape)
+        for name, parameter in use.parameters.items()
+    }
+
+
+def scaled(
+    use: UseView, derivative: Tensor | float, shape: Size, stands: Size | None = None
+) -> Structure:
+    """Structure of a parameter, given the derivative of the output in it, element by element.
+
+    Args:
+        use: cotangent and sample axis.
+        derivative: a number, or a tensor that broadcasts to the output.
+        shape: the parameter's shape.
+        stands: the shape in which it was broadcast to the output, if that is another one.
+    """
+    aligned = use.aligned(shape if stands is None else stands)
+    if not isinstance(derivative, Tensor):
+        return Shift(use.scaled(derivative).cotangent, shape, aligned)
+    factor = use.rows(derivative.expand(use.raw.shape[1:]))
+    return Scale(use.cotangent, factor, shape, aligned)
+
+
+def data(*names: str) -> Callable[[Arguments], tuple[str, ...]]:
+    """Say which arguments' values a rule does not read."""
+    return lambda arguments: names
+
+
+@rule(
+    *(torch.add, Tensor.add),
+    parameters="input other",
+    applies=combines_samples,
+    unread=data("input", "other"),
+)
+def add(use: UseView, input: Tensor, other: Tensor, *, alpha: float = 1):
+    """``input + alpha * other``."""
+    return elementwise(use, input=lambda: 1, other=lambda: alpha)
+
+
+@rule(
+    *(torch.sub, Tensor.sub, torch.subtract, Tensor.subtract),
+    parameters="input other",
+    applies=combines_samples,
+    unread=data("input", "other"),
+)
+def sub(use: UseView, input: Tensor, other: Tensor, *, alpha: float = 1):
+    """``input - alpha * other``."""
+    return elementwise(use, input=lambda: 1, other=lambda: -alpha)
+
+
+@rule(
+    *(torch.mul, Tensor.mul, torch.multiply, Tensor.multiply),
+    parameters="input other",
+    applies=combines_samples,
+)
+def mul(use: UseView, input: Tensor, other: Tensor):
+    """``input * other``."""
+    return elementwise(use, input=lambda: other, other=lambda: input)
+
+
+def _is_exact(tape: Tape, arguments: Arguments, all_shared: bool) -> bool:
+    exact = arguments["rounding_mode"] is None
+    return exact and combines_samples(tape, arguments, all_shared)
+
+
+@rule(
+    *(torch.div, Tensor.div, torch.divide, Tensor.divide, torch.true_divide, Tensor.true_divide),
+    parameters="input other",
+    applies=_is_exact,
+)
+def div(use: UseView, input: Tensor, other: Tensor, *, rounding_mode: str | None = None):
+    """``input / other``."""
+    return elementwise(use, input=lambda: other.reciprocal(), other=lambda: -input / other.square())
+
+
+@rule(
+    *(torch.addcmul, Tensor.addcmul),
+    parameters="input tensor1 tensor2",
+    applies=combines_samples,
+)
+def addcmul(use: UseView, input: Tensor, tensor1: Tensor, tensor2: Tensor, *, value: float = 1):
+    """``input + value * tensor1 * tensor2``."""
+    return elementwise(
+        use, input=lambda: 1, tensor1=lambda: value * tensor2, tensor2=lambda: value * tensor1
+    )
+
+
+@rule(
+    *(torch.lerp, Tensor.lerp),
+    parameters="input end weight",
+    applies=combines_samples,
+)
+def lerp(use: UseView, input: Tensor, end: Tensor, weight: Tensor | float):
+    """``input + weight * (end - input)``."""
+    return elementwise(
+        use, input=lambda: 1 - weight, end=lambda: weight, weight=lambda: end - input
+    )
+
+
+@rule(
+    torch.where, parameters="input other", applies=combines_samples, unread=data("input", "other")
+)
+def where(use: UseView, condition: Tensor, input: Any, other: Any):
+    """``input`` where the condition holds, else ``other``."""
+    return elementwise(use, input=lambda: condition, other=lambda: ~condition)
+
+
+@composition(Tensor.where)
+def _where(self: Any, condition: Tensor, other: Any):
+    return torch.where(condition, self, other)
+
+
+@rule(torch.prelu, Tensor.prelu, parameters="weight")
+def prelu(use: UseView, input: Tensor, weight: Tensor):
+    """``max(input, 0) + weight * min(input, 0)``, a weight per channel (axis 1) or one for all."""
+    stands = Size([weight.numel(), *[1] * max(input.ndim - 2, 0)])
+    return {"weight": scaled(use, input.clamp(max=0), weight.shape, stands)}
+
+
+def _inplace(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The in-place form of an elementwise op: its output, copied to where the input was."""
+
+    def form(input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return input.copy_(function(input.clone(), *args, **kwargs))
+
+    return form
+
+
+for _name in "add sub subtract mul multiply div divide true_divide addcmul lerp".split():
+    composition(getattr(Tensor, f"{_name}_"))(_inplace(getattr(Tensor, _name)))
+
+
+# Copies along the sample axis. The rules need no sizes: the output has them.
+
+
+def copies(use: UseView, input: Tensor) -> dict[str, Structure]:
+    """Structure of a parameter that was broadcast to the output's shape."""
+    aligned = use.aligned(input.shape)
+    sizes = use.cotangent.shape[2:]
+    if any(own not in (1, size) for own, size in zip(aligned, sizes, strict=True)):
+        raise Uncovered(f"{use.op} repeats an axis of a parameter {list(input.shape)}")
+    return {"input": Shift(use.cotangent, input.shape, aligned)}
+
+
+def _sizes(arguments: Arguments) -> tuple[int, ...]:
+    """Sizes that were given one by one, as one tuple, or by keyword."""
+    given = next((arguments[n] for n in ("sizes", "size", "dims") if arguments.get(n)), ())
+    return given[0] if isinstance(given[0], (tuple, list)) else given
+
+
+def _expanded(arguments: Arguments) -> list[int]:
+    sizes, shape = _sizes(arguments), arguments["input"].shape
+    before = (1,) * (len(sizes) - len(shape)) + shape
+    return [old if new == -1 else new for old, new in zip(before, sizes, strict=True)]
+
+
+def _repeated(arguments: Arguments) -> list[int]:
+    times, shape = _sizes(arguments), arguments["input"].shape
+    ndim = max(len(times), len(shape))
+    padded = [(1,) * (ndim - len(sizes)) + tuple(sizes) for sizes in (times, shape)]
+    return [number * size for number, size in zip(*padded, strict=True)]
+
+
+@rule(
+    *(Tensor.expand, Tensor.broadcast_to, torch.broadcast_to),
+    parameters="input",
+    applies=gives_copies(_expanded),
+)
+def expand(use: UseView, input: Tensor, *sizes: Any, **options: Any):
+    """``input.expand(*sizes)``."""
+    return copies(use, input)
+
+
+@rule(
+    Tensor.expand_as,
+    parameters="input",
+    applies=gives_copies(lambda arguments: arguments["other"].shape),
+    unread=data("other"),
+)
+def expand_as(use: UseView, input: Tensor, other: Tensor):
+    """``input.expand(other.shape)``."""
+    return copies(use, input)
+
+
+@rule(
+    *(Tensor.repeat, Tensor.tile, torch.tile),
+    parameters="input",
+    applies=gives_copies(_repeated),
+)
+def repeat(use: UseView, input: Tensor, *sizes: Any, **options: Any):
+    """``input.repeat(*sizes)``, where only axes of size 1 are repeated."""
+    return copies(use, input)

@@ -1,0 +1,41 @@
+"""Columns that were folded into the sample axis."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from curvopt.structures.base import Structure
+
+
+class Folded(Structure):
+    """V columns of N samples, from a structure with one column of N * V samples.
+
+    For ops whose rows are not linear in a left factor that could carry the columns.
+
+    Args:
+        inner: the structure, a sample's columns one after the other.
+        columns: V.
+    """
+
+    def __init__(self, inner: Structure, columns: int):
+        self.inner, self.columns, self.shape = inner, columns, inner.shape
+        self.samples = inner.samples // columns
+
+    def _unfold(self, values: Tensor) -> Tensor:
+        """``[N * V, ...]`` as ``[V, N, ...]``."""
+        return values.unflatten(0, (-1, self.columns)).transpose(0, 1)
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        return self._unfold(self.inner.rows(start * self.columns, stop * self.columns)[0])
+
+    def sum(self, weights: Tensor | None = None) -> Tensor:
+        return self.inner.sum(None if weights is None else weights.repeat_interleave(self.columns))
+
+    def sum_of_squares(self) -> Tensor:
+        return self.inner.sum_of_squares()
+
+    def squared_norms(self) -> Tensor:
+        return self._unfold(self.inner.squared_norms()[0])
+
+    def dots(self, direction: Tensor) -> Tensor:
+        return self._unfold(self.inner.dots(direction)[0])
