@@ -188,6 +188,12 @@ class Computation:
     # -- the sample axis --------------------------------------------------------------------------
 
     def _prepare(self) -> None:
+        if self.record.coupled:
+            raise CurvoptError(
+                f"{self.record.coupled} is in training mode: its statistics mix the samples, so "
+                "that no sample has a gradient of its own. Put the layer in eval mode "
+                "(module.eval()), or use a norm within samples, such as torch.nn.GroupNorm"
+            )
         self.terms = loss_terms(self.loss, self.record, self.reduction)
         self.upstream = upstream(self.loss, self.terms)
         self.samples, self.term_layouts, self.use_layouts = self._layouts()

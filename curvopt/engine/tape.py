@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.nn.modules.module import (
@@ -154,6 +155,7 @@ class Record:
         leaves: stand-ins of the parameters; a gradient on one is a backward that went unseen.
         attached: graph nodes where parameters were attached, under ``create_graph``.
         signature: hash of the sequence of functions and shapes.
+        coupled: an op that took statistics over the batch, for a message.
     """
 
     uses: list[Use] = field(default_factory=list)
@@ -163,6 +165,7 @@ class Record:
     leaves: list[Tensor] = field(default_factory=list)
     attached: set[Any] = field(default_factory=set)
     signature: int = 0
+    coupled: str = ""
 
 
 class Tape(TorchFunctionMode):
@@ -228,6 +231,8 @@ class Tape(TorchFunctionMode):
             return func(*args, **kwargs)
         record = self.record
         record.signature = hash((record.signature, func))
+        if func is F.batch_norm:
+            self._note_batch_statistics(args, kwargs)
         tracked, all_shared, tensors = self._classify(args, kwargs)
         if tracked and torch.is_grad_enabled():
             if func in LOSSES and not all_shared:
@@ -246,6 +251,13 @@ class Tape(TorchFunctionMode):
         elif tensors and self._is_inplace(output, args):
             self.shared.pop(id(args[0]), None)
         return output
+
+    def _note_batch_statistics(self, args, kwargs) -> None:
+        arguments = RULES[F.batch_norm].bind(args, kwargs)
+        if arguments["training"] and len(arguments["input"]) > 1:
+            weight, shape = arguments["weight"], list(arguments["input"].shape)
+            owner = f" of {self.name(weight)}" if self.is_tracked(weight) else ""
+            self.record.coupled = f"batch_norm{owner} on an input {shape}"
 
     def _classify(self, args, kwargs) -> tuple[bool, bool, bool]:
         """Whether tracked values are among the arguments; whether all tensors are shared; any."""
