@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Generator, Tensor
 from torch.overrides import TorchFunctionMode
 
 from curvopt.engine.compute import Computation, Values, check_loss
@@ -21,18 +21,40 @@ Closure = Callable[[], Any]
 class EngineOptimizer(torch.optim.Optimizer):
     """An optimizer that pulls quantities from the engine inside ``step``.
 
-    A subclass says in `_wanted` what it needs beside the gradient for the coming step, and moves
-    the parameters in `_update`, given what the step's backward passes left in ``self.collected``.
+    A subclass says in `_wanted` what it needs beside the gradient for the coming step, checks the
+    settings of a group in `_validate`, and moves the parameters in `_update`, given ``p.grad`` and
+    what the step's backward passes left in ``self.collected``. It checks first and changes
+    state after: what fails must leave the parameters and their state as they were.
+
+    As in all of torch, gradients add up until they are zeroed: backward passes inside one closure,
+    or in several ``with opt.record():`` blocks before one ``step()``. All of them must be recorded.
+    A closure that does not call ``backward()`` gets its gradients zeroed.
+
+    ``state_dict`` holds the attributes named in `saved` and the generator's state under
+    ``"engine"``, so that a resumed run goes on bit for bit. Without a generator of its own an
+    optimizer draws from torch's global one: save ``torch.get_rng_state()`` with the checkpoint.
+
+    Gradients are those of this process: with several processes, average ``p.grad`` in the closure
+    (``DistributedDataParallel``'s hooks do not see a recorded backward pass).
 
     Args:
         params: parameters, (name, parameter) pairs, or parameter groups.
         defaults: default settings of a group.
         batch_size: number of samples, where the model's first op and the loss do not tell.
         reduction: ``"mean"`` or ``"sum"``: how a loss written by hand is reduced over samples.
+        generator: source of what the optimizer draws; torch's global one by default.
+
+    Attributes:
+        steps: number of steps taken.
+        collected: what each backward pass since the last step left, by the quantity's field.
+        saved: names of the attributes, numbers or tensors, that a checkpoint needs.
     """
 
+    saved: ClassVar[tuple[str, ...]] = ("steps",)
     #: Refuse a loss that is not finite.
     finite_loss = True
+    # Makes GradScaler leave the scale to `step`, which refuses it.
+    _step_supports_amp_scaling = True
 
     def __init__(
         self,
@@ -41,11 +63,30 @@ class EngineOptimizer(torch.optim.Optimizer):
         *,
         batch_size: int | None = None,
         reduction: str | None = None,
+        generator: Generator | None = None,
     ):
         super().__init__(params, defaults)
-        self.batch_size, self.reduction = batch_size, reduction
+        self.batch_size, self.reduction, self.generator = batch_size, reduction, generator
+        self.steps = 0
+        self._forget()
+
+    def _forget(self) -> None:
         self.collected: list[dict[str, Values]] = []
-        self._recorded: list[Tensor] = []
+        self._left: dict[Tensor, tuple[Tensor, int]] = {}
+        self._recorded = False
+
+    # -- for subclasses ---------------------------------------------------------------------------
+
+    def _validate(self, group: dict[str, Any]) -> None:
+        """Raise ValueError for settings that make no sense; called for every new group."""
+        lr = group["lr"]
+        if isinstance(lr, Tensor) and lr.numel() != 1:
+            raise ValueError(f"Invalid learning rate: {lr} (a tensor must have one element)")
+        for key, name in (("lr", "learning rate"), ("weight_decay", "weight_decay")):
+            if not 0 <= group.get(key, 0) < float("inf"):
+                raise ValueError(f"Invalid {name}: {group[key]}")
+        if not 0 <= group.get("momentum", 0) < 1:
+            raise ValueError(f"Invalid momentum: {group['momentum']}")
 
     def _wanted(self) -> list[Quantity]:
         """Quantities of the coming step, beside the gradient."""
@@ -56,11 +97,22 @@ class EngineOptimizer(torch.optim.Optimizer):
         raise NotImplementedError
 
     def _accumulate(self, computation: Computation, quantities: list[Quantity]) -> None:
-        """Take what one backward pass gives: gradients to ``p.grad``, the rest to `collected`."""
+        """Take what one backward pass gives: gradients to ``p.grad``, the rest to `collected`.
+
+        Earlier gradients are those of recorded passes, None where there are none.
+        """
         values = computation.run([Gradient(), *quantities], free=True)
-        for p, grad in values.pop("grad").items():
-            p.grad = grad if p.grad is None else p.grad.add_(grad)
+        self._add(computation, dict(values.pop("grad")))
         self.collected.append(values)
+
+    def _add(self, computation: Computation, grads: dict[Tensor, Tensor]) -> None:
+        """Add to ``p.grad``, which stays None for parameters that took no part in the loss."""
+        uses = (value for use in computation.reached for value in use.values.values())
+        reached = {root for value in uses for root in value.roots}
+        for p, grad in grads.items():
+            if id(p) in reached or grad.any():
+                # Out of place: a failed step gives the old tensors back.
+                p.grad = grad.to(p.dtype) if p.grad is None else p.grad + grad.to(p.dtype)
 
     def _tape(self) -> Tape:
         """What records a step."""
@@ -81,42 +133,61 @@ class EngineOptimizer(torch.optim.Optimizer):
             What the closure returned.
 
         Raises:
-            CurvoptError: the closure returns no loss, the loss is not finite, ...; the parameters
-                are unchanged.
+            CurvoptError: the closure returns no loss, the loss is not finite, a backward pass went
+                unrecorded, ...; parameters, gradients and state are as before.
         """
+        before = [(p, p.grad) for p in self._parameters()]
         loss = None
         try:
+            self._refuse_scaling()
             if closure is not None:
-                self.collected.clear()
-                with torch.enable_grad(), self.record() as tape:
-                    loss = closure()
-                    if not self.collected:
-                        for p in self._parameters():
-                            p.grad = None
-                        tape.on_backward(_first(loss))
-            if not self.collected:
+                loss = self._run(closure)
+            if not self._recorded:
                 raise CurvoptError(
                     "nothing was recorded for this step: call step(closure), or run the forward "
                     "pass and backward() inside `with opt.record():` before step()"
                 )
+            taken = self.steps
             self._update()
-        finally:
-            self.collected.clear()
+            self.steps = taken + 1
+        except BaseException:
+            for p, grad in before:
+                p.grad = grad
+            self._forget()
+            raise
+        self.collected.clear()
+        self._note(recorded=False)
+        return loss
+
+    def _run(self, closure: Closure) -> Any:
+        """Run the closure, and the backward pass too where it does not."""
+        pending, self._recorded = self._recorded, False
+        with torch.enable_grad(), self.record() as tape:
+            loss = closure()
+            if self._recorded:
+                return loss
+            if loss is None and pending:  # Lightning's manual optimization: an empty closure
+                self._recorded = True
+                return loss
+            self.zero_grad()
+            tape.on_backward(loss[0] if isinstance(loss, tuple) and loss else loss)
         return loss
 
     def record(self) -> AbstractContextManager[Any]:
         """Record the forward and backward pass of one step, for loops without a closure.
 
+        Several blocks before one ``step()`` add up: gradient accumulation.
+
         Example:
+            >>> opt.zero_grad()
             >>> with opt.record():
             ...     loss = loss_fn(model(x), y)
             ...     loss.backward()
             >>> opt.step()
         """
-        self.collected.clear()
         wanted = self._wanted()
         if not wanted:
-            return PlainBackward(self.collected)
+            return PlainBackward(self)
         tape = self._tape()
 
         def backward(
@@ -132,16 +203,122 @@ class EngineOptimizer(torch.optim.Optimizer):
                     "gradient, and go backward once over one forward pass"
                 )
             computation = Computation(tape, loss, self.reduction, finite=self.finite_loss)
-            self._accumulate(computation, wanted)
+            self._begin_pass()
+            with torch.no_grad():
+                self._accumulate(computation, wanted)
+            self._note(recorded=True)
             tape.consume(computation.reached)
 
         tape.on_backward = backward
         return tape
 
+    # -- what p.grad holds ------------------------------------------------------------------------
+
+    def _begin_pass(self) -> None:
+        """See to it that ``p.grad`` holds the gradients of recorded passes, or None."""
+        grads = {p: p.grad for p in self._parameters() if p.grad is not None}
+        known = self._left
+        if grads.keys() == known.keys() and all(
+            grad is known[p][0] and grad._version == known[p][1] for p, grad in grads.items()
+        ):
+            return
+        for p, grad in grads.items():
+            if grad.any():
+                raise CurvoptError(
+                    f"{self._name(p)} holds a gradient that was not recorded, so what is known of "
+                    "the other samples would not go with it: call zero_grad() first, and run "
+                    "every backward pass of a step inside its closure or `with opt.record():`"
+                )
+        for p in grads:  # zeros
+            p.grad = None
+        self.collected.clear()
+
+    def _note(self, *, recorded: bool) -> None:
+        """Remember ``p.grad`` as it is: what changes it from now on went unrecorded."""
+        self._recorded = recorded
+        grads = ((p, p.grad) for p in self._parameters())
+        self._left = {p: (grad, grad._version) for p, grad in grads if grad is not None}
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Reset the gradients, and what was recorded with them.
+
+        Args:
+            set_to_none: to None, or to zeros (fresh ones: a failed step gives the old ones back).
+        """
+        for p in self._parameters():
+            if p.grad is not None:
+                p.grad = None if set_to_none else torch.zeros_like(p.grad)
+        self._forget()
+
+    def _refuse_scaling(self) -> None:
+        if hasattr(self, "found_inf"):  # GradScaler.step sets both for the length of the call
+            del self.grad_scale, self.found_inf
+            raise CurvoptError(
+                "GradScaler scales the loss, and with it everything that is computed beside the "
+                "gradient: use torch.autocast with bfloat16, which needs no scaling, or disable it"
+            )
+
+    # -- torch.optim's contract -------------------------------------------------------------------
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group of parameters, with settings of its own or the defaults.
+
+        Raises:
+            ValueError: a setting is invalid, or a parameter is complex or given twice.
+        """
+        params = param_group["params"]
+        if not isinstance(params, (Tensor, set)):
+            param_group["params"] = params = list(params)
+            seen: set[int] = set()
+            for index, item in enumerate(params):
+                name, p = item if isinstance(item, tuple) else (f"parameter {index}", item)
+                if id(p) in seen:
+                    raise ValueError(f"Invalid params: {name} is given twice")
+                if isinstance(p, Tensor) and p.is_complex():
+                    raise ValueError(f"Invalid params: {name} is complex; use its real view")
+                seen.add(id(p))
+        self._validate(self.defaults | param_group)
+        super().add_param_group(param_group)
+
+    def state_dict(self) -> dict[str, Any]:
+        """As in torch, with one more entry, ``"engine"``: counters and the generator's state."""
+        engine = {name: getattr(self, name) for name in self.saved}
+        if self.generator is not None:
+            engine["generator"] = self.generator.get_state()
+        return super().state_dict() | {"engine": engine}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As in torch, but state keeps its dtype: float32 also for half-precision parameters."""
+        final: dict[str, Any] = {}
+        hook = self.register_load_state_dict_pre_hook(lambda _, loaded: final.update(loaded))
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            hook.remove()
+        indices = (index for group in final["param_groups"] for index in group["params"])
+        for index, p in zip(indices, self._parameters(), strict=True):
+            for key, value in final["state"].get(index, {}).items():
+                if isinstance(value, Tensor):
+                    self.state[p][key] = value.to(p.device, copy=True)
+        engine = dict(final.get("engine", {}))
+        generator = engine.pop("generator", None)
+        for name, value in engine.items():
+            setattr(self, name, value)
+        if generator is not None and self.generator is not None:
+            self.generator.set_state(generator.cpu())
+
     def __getstate__(self) -> dict[str, Any]:
-        """All but hooks, and ``step``, which learning rate schedulers wrap."""
-        kept = self.__dict__.items()
-        return {k: v for k, v in kept if k != "step" and not k.startswith("_optimizer_")}
+        """All but hooks, gradients of a step under way, and ``step``, which schedulers wrap."""
+        kept = vars(self).items()
+        passing = ("step", "collected", "_left", "_recorded")
+        return {k: v for k, v in kept if k not in passing and not k.startswith("_optimizer_")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._forget()
+        for group in self.param_groups:  # of an older version, which lacked some settings
+            for key, value in self.defaults.items():
+                group.setdefault(key, value)
 
     def _parameters(self) -> Iterable[Tensor]:
         return (p for group in self.param_groups for p in group["params"])
@@ -156,13 +333,18 @@ class EngineOptimizer(torch.optim.Optimizer):
             named += zip(names, params, strict=True)
         return named
 
+    def _name(self, parameter: Tensor) -> str:
+        """The parameter's name and shape, for messages."""
+        name = next(name for name, p in self._named() if p is parameter)
+        return f"{name} {list(parameter.shape)}"
+
 
 class PlainBackward(TorchFunctionMode):
     """Lets everything pass, but notices ``backward()``: for steps that need the gradient alone."""
 
-    def __init__(self, collected: list[Any]):
+    def __init__(self, optimizer: EngineOptimizer):
         super().__init__()
-        self.collected = collected
+        self.optimizer = optimizer
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is Tensor.backward:
@@ -172,10 +354,10 @@ class PlainBackward(TorchFunctionMode):
     def on_backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
         """Go backward as usual."""
         check_loss(loss)
+        self.optimizer._begin_pass()
+        for p in self.optimizer._parameters():
+            if p.grad is not None:  # autograd adds in place; a failed step gives the old one back
+                p.grad = p.grad.clone()
         loss.backward(*args, **kwargs)
-        self.collected.append({})
-
-
-def _first(loss: Any) -> Any:
-    """The loss of a closure that returns it alone, or first in a tuple."""
-    return loss[0] if isinstance(loss, tuple) and loss else loss
+        self.optimizer.collected.append({})
+        self.optimizer._note(recorded=True)
