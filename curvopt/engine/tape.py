@@ -443,7 +443,10 @@ class Tape(TorchFunctionMode):
 
     def __enter__(self):
         if not self.depth:
-            self.handles = [register_module_forward_pre_hook(remember_order)]
+            self.handles = [
+                register_module_forward_pre_hook(remember_order),
+                register_module_forward_pre_hook(self._share_buffers),
+            ]
             if MODULE_RULES:
                 self.handles += [
                     register_module_forward_pre_hook(self._before_module),
@@ -460,6 +463,12 @@ class Tape(TorchFunctionMode):
             self.handles = []
             self.opaque = []
         return super().__exit__(*error)
+
+    def _share_buffers(self, module, args):
+        """Buffers (masks, positions) are the same for all samples."""
+        for buffer in module._buffers.values():
+            if buffer is not None and not buffer.requires_grad:
+                self._share(buffer, frozenset(), False)
 
     def _before_module(self, module, args):
         rule = next((MODULE_RULES[t] for t in type(module).__mro__ if t in MODULE_RULES), None)
