@@ -33,6 +33,8 @@ class Layout:
         if self.kind == "time":
             return tensor.transpose(lead, lead + 1)
         if self.kind == "batch":
+            if self.k == 1:
+                return tensor.unsqueeze(lead + 1)
             return tensor.unflatten(lead, (self.n, self.k))
         return tensor.unflatten(lead, (self.k, self.n)).transpose(lead, lead + 1)
 
@@ -42,7 +44,7 @@ class Layout:
             return tensor.transpose(lead, lead + 1)
         if self.kind == "time-flat":
             tensor = tensor.transpose(lead, lead + 1)
-        return tensor.flatten(lead, lead + 1)
+        return tensor.squeeze(lead + 1) if self.k == 1 else tensor.flatten(lead, lead + 1)
 
 
 def layouts(shape: tuple[int, ...], n: int) -> Iterator[Layout]:

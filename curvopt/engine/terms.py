@@ -88,5 +88,7 @@ def _divided(loss: Tensor, node: Any, record: Record) -> bool:
 
 def upstream(loss: Tensor, terms: list[Loss]) -> list[Tensor]:
     """Derivative of the loss in the value of each term."""
+    if len(terms) == 1 and loss is terms[0].value:
+        return [torch.ones_like(loss, requires_grad=False)]
     grads = torch.autograd.grad(loss, [term.value for term in terms], retain_graph=True)
     return [grad.detach() for grad in grads]

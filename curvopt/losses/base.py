@@ -99,7 +99,7 @@ class Loss(ABC):
         """
         factor = (self.reduced(upstream) * self.curvature()).expand(self.token_shape)
         factor = per_sample(factor, inverse_share, layout)
-        if (factor < 0).any():
+        if factor.numel() and factor.min() < 0:
             raise CurvoptError(
                 f"{self.name} enters the loss with a negative weight, so its Gauss-Newton matrix "
                 "is not positive semi-definite and has no root; use DiagHessian, or drop the term"
