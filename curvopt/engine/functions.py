@@ -32,7 +32,7 @@ PASSIVE: frozenset[Function] = frozenset(
         ).split()
         if hasattr(Tensor, name)
     ]
-    + [Tensor._is_view, torch.is_tensor, torch.numel, torch.detach]
+    + [Tensor._is_view, Tensor.grad.__set__, torch.is_tensor, torch.numel, torch.detach]
     + [torch.is_floating_point, torch.is_complex, torch._C._set_grad_enabled]
 )
 
