@@ -85,8 +85,6 @@ class EngineOptimizer(torch.optim.Optimizer):
         for key, name in (("lr", "learning rate"), ("weight_decay", "weight_decay")):
             if not 0 <= group.get(key, 0) < float("inf"):
                 raise ValueError(f"Invalid {name}: {group[key]}")
-        if not 0 <= group.get("momentum", 0) < 1:
-            raise ValueError(f"Invalid momentum: {group['momentum']}")
 
     def _wanted(self) -> list[Quantity]:
         """Quantities of the coming step, beside the gradient."""
@@ -102,10 +100,10 @@ class EngineOptimizer(torch.optim.Optimizer):
         Earlier gradients are those of recorded passes, None where there are none.
         """
         values = computation.run([Gradient(), *quantities], free=True)
-        self._add(computation, dict(values.pop("grad")))
+        self._add_gradients(computation, dict(values.pop("grad")))
         self.collected.append(values)
 
-    def _add(self, computation: Computation, grads: dict[Tensor, Tensor]) -> None:
+    def _add_gradients(self, computation: Computation, grads: dict[Tensor, Tensor]) -> None:
         """Add to ``p.grad``, which stays None for parameters that took no part in the loss."""
         uses = (value for use in computation.reached for value in use.values.values())
         reached = {root for value in uses for root in value.roots}
@@ -121,7 +119,7 @@ class EngineOptimizer(torch.optim.Optimizer):
     # -- the step ---------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def step(self, closure: Closure | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Closure | None = None) -> Any:
         """Take one step.
 
         Args:
@@ -239,6 +237,7 @@ class EngineOptimizer(torch.optim.Optimizer):
         grads = ((p, p.grad) for p in self._parameters())
         self._left = {p: (grad, grad._version) for p, grad in grads if grad is not None}
 
+    @torch.no_grad()
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Reset the gradients, and what was recorded with them.
 
@@ -252,7 +251,7 @@ class EngineOptimizer(torch.optim.Optimizer):
 
     def _refuse_scaling(self) -> None:
         if hasattr(self, "found_inf"):  # GradScaler.step sets both for the length of the call
-            del self.grad_scale, self.found_inf
+            vars(self).pop("grad_scale"), vars(self).pop("found_inf")
             raise CurvoptError(
                 "GradScaler scales the loss, and with it everything that is computed beside the "
                 "gradient: use torch.autocast with bfloat16, which needs no scaling, or disable it"
