@@ -38,16 +38,12 @@ class Steps:
         bias: b.
         base: what they are added to, for all steps.
         axis: the axis of time in the base.
-        initial: the first step's x, if anyone else holds it: it must not change.
     """
 
-    def __init__(
-        self, weight: Tensor, bias: Tensor | None, base: Tensor, axis: int,
-        initial: Tensor | None = None,
-    ):  # fmt: skip
+    def __init__(self, weight: Tensor, bias: Tensor | None, base: Tensor, axis: int):
         self.weight, self.axis = weight, axis
         self.inputs: list[Any] = [None] * base.shape[axis]
-        self.bases = all_steps(weight, bias, base, initial, self).unbind(axis)
+        self.bases = all_steps(weight, bias, base, self).unbind(axis)
 
     def __call__(self, t: int, input: Tensor) -> Tensor:
         """The product of step t."""
@@ -55,12 +51,10 @@ class Steps:
         return torch.addmm(self.bases[t], input, self.weight.t())
 
 
-def all_steps(
-    weight: Tensor, bias: Tensor | None, base: Tensor, initial: Tensor | None, steps: Steps
-) -> Tensor:
+def all_steps(weight: Tensor, bias: Tensor | None, base: Tensor, steps: Steps) -> Tensor:
     """``base + b``; the weight is left with `steps`, or the leaf that stands for it."""
     if has_torch_function((weight,)):
-        return handle_torch_function(all_steps, (weight,), weight, bias, base, initial, steps)
+        return handle_torch_function(all_steps, (weight,), weight, bias, base, steps)
     steps.weight = weight
     base = base if bias is None else base + bias
     return base if base.requires_grad else base.requires_grad_()
@@ -71,10 +65,7 @@ def _always(tape: Tape, arguments: Arguments, all_shared: bool) -> bool:
 
 
 @rule(all_steps, parameters="weight bias", applies=_always)
-def _all_steps(
-    use: UseView, weight: Tensor, bias: Tensor | None, base: Tensor, initial: Tensor | None,
-    steps: Steps,
-):  # fmt: skip
+def _all_steps(use: UseView, weight: Tensor, bias: Tensor | None, base: Tensor, steps: Steps):
     inputs = use.rows(torch.stack(steps.inputs, steps.axis))
     left, right = use.cotangent.flatten(2, -2), inputs.flatten(1, -2)
     found: dict[str, Structure] = {
@@ -134,34 +125,18 @@ def _base(step: Step, projected: Tensor) -> Tensor:
 
 
 def _states(hx: Tensor | State) -> State:
-    return tuple(map(of_samples, [hx] if isinstance(hx, Tensor) else hx))
-
-
-def _cell(step: Step) -> Callable[..., Any]:
-    def cell(
-        input: Tensor, hx: Any, w_ih: Tensor, w_hh: Tensor,
-        b_ih: Tensor | None = None, b_hh: Tensor | None = None,
-    ) -> Tensor | State:  # fmt: skip
-        state = _states(hx)
-        projected = F.linear(input, w_ih, b_ih)
-        new = step(_base(step, projected) + F.linear(state[0], w_hh, b_hh), projected, state)
-        return new[0] if isinstance(hx, Tensor) else new
-
-    return cell
-
-
-# Layers.
+    return (hx,) if isinstance(hx, Tensor) else tuple(hx)
 
 
 def _direction(
-    input: Tensor, state: State, weights: list[Tensor], has_biases: bool,
-    step: Step, axis: int, reverse: bool, mask: Tensor | None,
+    input: Tensor, state: State, weights: list[Any], has_biases: bool, step: Step, axis: int,
+    reverse: bool = False, mask: Tensor | None = None,
 ) -> tuple[Tensor, State]:  # fmt: skip
     """One layer in one direction: the hidden states of all time steps, and the last state."""
     w_ih, w_hh, *rest = weights
     b_ih, b_hh, *rest = rest if has_biases else (None, None, *rest)
     projected, times = F.linear(input, w_ih, b_ih), range(input.shape[axis])
-    recurrence = Steps(w_hh, b_hh, _base(step, projected), axis, state[0])
+    recurrence = Steps(w_hh, b_hh, _base(step, projected), axis)
     shape = input.shape[:2] + state[0].shape[1:]
     projection = Steps(rest[0], None, input.new_zeros(shape), axis) if rest else None
     outputs: list[Any] = [None] * len(times)
@@ -179,6 +154,21 @@ def _direction(
         return torch.stack(outputs, axis), state
 
 
+def _cell(step: Step) -> Callable[..., Any]:
+    """An ``nn.LSTMCell`` or its like: a layer of one time step."""
+
+    def cell(
+        input: Tensor, hx: Any, w_ih: Tensor, w_hh: Tensor,
+        b_ih: Tensor | None = None, b_hh: Tensor | None = None,
+    ) -> Tensor | State:  # fmt: skip
+        weights = [w_ih, w_hh, b_ih, b_hh]
+        state = tuple(map(of_samples, _states(hx)))
+        _, new = _direction(input.unsqueeze(1), state, weights, True, step, 1)
+        return new[0] if isinstance(hx, Tensor) else new
+
+    return cell
+
+
 def _layers(
     input: Tensor, hx: State, weights: list[Tensor], has_biases: bool, num_layers: int,
     dropout: float, train: bool, bidirectional: bool, step: Step, axis: int,
@@ -187,7 +177,8 @@ def _layers(
     """All layers: the last layer's hidden states, and the last states ``[layers, N, H]``."""
     directions = 2 if bidirectional else 1
     size = len(weights) // (num_layers * directions)
-    initial = list(zip(*(state.unbind(0) for state in hx), strict=True))
+    hx = tuple(of_samples(state.transpose(0, 1)) for state in hx)
+    initial = list(zip(*(state.unbind(1) for state in hx), strict=True))
     last = []
     for layer in range(num_layers):
         outputs = []
