@@ -1,5 +1,6 @@
 """Optimizers that pull quantities from the engine inside ``step``."""
 
 from curvopt.optim.diag_ggn import DiagGGNOptimizer
+from curvopt.optim.dp_sgd import DPSGD, DPAdam
 
-__all__ = ["DiagGGNOptimizer"]
+__all__ = ["DPSGD", "DPAdam", "DiagGGNOptimizer"]

@@ -10,7 +10,7 @@ import torch
 from torch import Generator, Tensor
 from torch.overrides import TorchFunctionMode
 
-from curvopt.engine.compute import Computation, Values, check_loss
+from curvopt.engine.compute import Computation, check_loss
 from curvopt.engine.tape import Tape
 from curvopt.errors import CurvoptError
 from curvopt.quantities import Gradient, Quantity
@@ -71,7 +71,7 @@ class EngineOptimizer(torch.optim.Optimizer):
         self._forget()
 
     def _forget(self) -> None:
-        self.collected: list[dict[str, Values]] = []
+        self.collected: list[dict[str, Any]] = []
         self._left: dict[Tensor, tuple[Tensor, int]] = {}
         self._recorded = False
 

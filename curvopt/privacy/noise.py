@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import math
 import secrets
@@ -124,6 +125,10 @@ class GaussianNoise:
         if device not in self._generators:
             self._generators[device] = generator_from_key(key_from(self._source), device)
         return gaussian_noise(like, std, generator=self._generators[device], secure=self.secure)
+
+    def __deepcopy__(self, memo: Any) -> GaussianNoise:
+        """Noise of its own, unless a generator was given: two runs must not share any."""
+        return GaussianNoise(copy.deepcopy(self._source, memo), secure=self.secure)
 
     def state_dict(self) -> dict[str, Any]:
         """The state of each generator by device: as secret as the data, for it holds the noise."""

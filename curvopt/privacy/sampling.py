@@ -172,6 +172,53 @@ def sampler_kind(loader: DataLoader[Any]) -> SamplerKind:
     return "none"
 
 
+def sampling_of(
+    source: DataLoader[Any] | PoissonBatchSampler | SamplerKind,
+    sample_rate: float | None,
+    num_samples: int | None,
+    expected_batch_size: float,
+) -> tuple[SamplerKind, float, int | None]:
+    """What the ledger needs to know of the sampling: kind, rate and number of samples.
+
+    Args:
+        source: What draws the batches, or its kind.
+        sample_rate: q. Default: what ``source`` says, else ``expected_batch_size / num_samples``.
+        num_samples: N. Default: what ``source`` says.
+        expected_batch_size: qN.
+
+    Raises:
+        CurvoptError: A rate that would not be used, or none where it is needed.
+    """
+    if isinstance(source, str):
+        kind = source
+        require(kind in ("poisson", "shuffle", "none"), "sampler", kind, "poisson, shuffle or none")
+        if kind == "none" and sample_rate is not None:
+            raise CurvoptError(
+                f"Invalid sampling: sample_rate={sample_rate} means nothing for sampler='none'; "
+                "say sampler='poisson' (each sample joins a batch by itself, with that "
+                "probability) or sampler='shuffle'"
+            )
+    else:
+        batches = source if isinstance(source, PoissonBatchSampler) else source.batch_sampler
+        if isinstance(batches, PoissonBatchSampler):
+            kind, rate, size = "poisson", batches.sample_rate, batches.num_samples
+            sample_rate, num_samples = sample_rate or rate, num_samples or size
+        else:
+            loader = cast(DataLoader[Any], source)
+            kind = sampler_kind(loader)
+            if kind == "shuffle":
+                sample_rate = sample_rate or 1 / len(loader)
+                num_samples = num_samples or len(cast(Sized, loader.dataset))
+    if kind == "none":
+        return kind, 1.0, num_samples
+    if sample_rate is None and num_samples is not None:
+        sample_rate = expected_batch_size / num_samples
+    if sample_rate is None:
+        raise CurvoptError(f"Invalid sampling: sampler={kind!r} needs sample_rate or num_samples")
+    require(0 < sample_rate <= 1, "sample rate", sample_rate, "must be in (0, 1]")
+    return kind, sample_rate, num_samples
+
+
 class EmptyBatchCollate:
     """A collate function that turns no samples into tensors of length 0.
 

@@ -97,7 +97,7 @@ class Variance(Quantity):
                 f"the unbiased variance needs two samples, got {n}; use unbiased=False"
             )
         total, squares = structure.moments()
-        variance = squares.div(n).sub((total / n).square()).clamp(min=0)
+        variance = squares.addcmul_(total, total, value=-1 / n).mul_(1 / n).clamp_(min=0)
         scale = context.factor**2 * (n / (n - 1) if self.unbiased else 1)
         return variance if scale == 1 else variance * scale
 
@@ -121,10 +121,32 @@ class ClippedGradSum(Quantity):
             raise ValueError(f"Invalid max_norm: {max_norm}")
         self.max_norm = max_norm
 
+    def weights(self, squares: Tensor) -> Tensor:
+        """Factors ``[P, N]`` of P parameters' rows, from their squared norms ``[P, N]``."""
+        norms = squares.sum(0).sqrt()
+        factors = (self.max_norm / norms).clamp(max=1)
+        return torch.where(norms.isfinite(), factors, 0).expand_as(squares)
+
     def reduce_all(
         self, structures: dict[Tensor, Structure], context: Context
     ) -> dict[Tensor, Tensor]:
-        norms = torch.stack([s.squared_norms()[0] for s in structures.values()]).sum(0).sqrt()
-        weights = (self.max_norm / (norms * context.factor)).clamp(max=1)
-        weights = torch.where(norms.isfinite(), weights, 0) * context.factor
-        return {p: structure.sum(weights) for p, structure in structures.items()}
+        squares = torch.stack([s.squared_norms()[0] for s in structures.values()])
+        factor = context.factor
+        weights = self.weights(squares if factor == 1 else squares * factor**2) * factor
+        left_out = weights[0] == 0
+        if not left_out.any():
+            return {p: s.sum(w) for (p, s), w in zip(structures.items(), weights, strict=True)}
+        # Rows that are not finite must not meet the sum, not even times zero.
+        return {
+            p: _sum_without(left_out, structure, w)
+            for (p, structure), w in zip(structures.items(), weights, strict=True)
+        }
+
+
+def _sum_without(left_out: Tensor, structure: Structure, weights: Tensor) -> Tensor:
+    """Weighted sum of rows, without those of some samples, whatever they hold."""
+    total = weights.new_zeros(structure.shape)
+    for start, stop, rows in structure.blocks():
+        out = left_out[start:stop].view(-1, *[1] * len(structure.shape))
+        total += torch.tensordot(weights[start:stop], rows[0].masked_fill(out, 0), 1)
+    return total
