@@ -10,7 +10,7 @@ from curvopt.jacobians import (
     batch_jacobian,
     param_jacobian,
 )
-from curvopt.optim import DiagGGNOptimizer
+from curvopt.optim import DPSGD, DiagGGNOptimizer, DPAdam
 from curvopt.products import ggn_vector_product, hessian_vector_product
 from curvopt.quantities import (
     KFAC,
@@ -34,6 +34,7 @@ from curvopt.verify import verify
 __version__ = "0.1.0"
 
 __all__ = [
+    "DPSGD",
     "KFAC",
     "KFLR",
     "BatchDiagGGNExact",
@@ -42,6 +43,7 @@ __all__ = [
     "BatchL2Grad",
     "ClippedGradSum",
     "CurvoptError",
+    "DPAdam",
     "DiagGGNExact",
     "DiagGGNMC",
     "DiagGGNOptimizer",
