@@ -5,7 +5,6 @@ from __future__ import annotations
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,13 +12,14 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from curvopt.engine.backward import BATCH_BELOW, pull_back
+from curvopt.engine.hessian import Hessian
 from curvopt.engine.samples import Layout, layouts, sample_counts
 from curvopt.engine.tape import Tape, Use
 from curvopt.engine.terms import loss_terms, upstream, walk
 from curvopt.errors import CurvoptError, Uncovered
 from curvopt.losses import Loss
 from curvopt.losses.base import per_sample
-from curvopt.quantities.base import Context, Cotangent, Quantity
+from curvopt.quantities.base import Context, Cotangent, Pass, Quantity
 from curvopt.quantities.first_order import Gradient
 from curvopt.structures import Dense, Pulled, Structure, total
 
@@ -94,14 +94,6 @@ Parts = dict[Tensor, list[Structure]]
 
 class SlowPathWarning(UserWarning):
     """Something is computed exactly, but one sample at a time."""
-
-
-@dataclass(frozen=True)
-class Pass:
-    """One set of cotangent columns, as written or of the samples' own losses."""
-
-    cotangent: Cotangent
-    own: bool
 
 
 class Computation:
@@ -296,7 +288,7 @@ class Computation:
             same_share = self.uniform or (len(self.terms) == 1 and cotangent.kind == "gradient")
             if same_share and (cotangent.kind == "gradient" or all(q.own for q in asked)):
                 passes[Pass(cotangent, own)] = asked
-            elif self.uniform:
+            elif self.uniform and cotangent.kind != "hessian":
                 passes[Pass(cotangent, False)] = asked
             else:
                 for kind in (False, True):
@@ -307,9 +299,10 @@ class Computation:
 
     def _columns(self, one: Pass) -> Iterator[list[Tensor]]:
         """Chunks of cotangents, a ``[V, *output.shape]`` per term."""
-        kind, options = one.cotangent.kind, {"create_graph": self.tape.create_graph}
+        kind = one.cotangent.kind
+        options = {"create_graph": self.tape.create_graph or kind == "hessian"}
         inverse = [_inverse(share) if one.own else 1.0 for share in self.shares]
-        if kind == "gradient":
+        if kind in ("gradient", "hessian"):
             chunk = []
             for term, up, factor, layout in zip(
                 self.terms, self.upstream, inverse, self.term_layouts, strict=True
@@ -357,6 +350,9 @@ class Computation:
     # -- the pass ---------------------------------------------------------------------------------
 
     def _run_pass(self, one: Pass, asked: list[Quantity], free: bool) -> dict[Quantity, Any]:
+        if one.cotangent.kind == "hessian":
+            hessian = Hessian(self, one.own)
+            return {quantity: quantity.from_hessian(hessian) for quantity in asked}
         share = self.shares[0]
         results: dict[Quantity, Any] = {}
         chunks = iter(self._columns(one))

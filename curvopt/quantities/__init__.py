@@ -17,6 +17,7 @@ from curvopt.quantities.ggn import (
     SqrtGGNExact,
     SqrtGGNMC,
 )
+from curvopt.quantities.hessian import BatchDiagHessian, BlockHessian, DiagHessian, DiagHessianMC
 from curvopt.quantities.kronecker import KFAC, KFLR
 
 __all__ = [
@@ -24,11 +25,15 @@ __all__ = [
     "KFLR",
     "BatchDiagGGNExact",
     "BatchDiagGGNMC",
+    "BatchDiagHessian",
     "BatchGrad",
     "BatchL2Grad",
+    "BlockHessian",
     "ClippedGradSum",
     "DiagGGNExact",
     "DiagGGNMC",
+    "DiagHessian",
+    "DiagHessianMC",
     "Gradient",
     "Quantity",
     "SqrtGGNExact",

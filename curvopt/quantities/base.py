@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Generator, Tensor
 
 from curvopt.structures import Structure
+
+if TYPE_CHECKING:
+    from curvopt.engine.hessian import Hessian
 
 
 @dataclass(frozen=True)
@@ -15,8 +18,9 @@ class Cotangent:
     """What is sent back from the model's output.
 
     Attributes:
-        kind: ``"gradient"`` (of the loss), ``"root"`` (exact root of the loss Hessian), or
-            ``"sketch"`` (random combinations of its columns).
+        kind: ``"gradient"`` (of the loss), ``"hessian"`` (the same, to be differentiated),
+            ``"root"`` (exact root of the loss Hessian), or ``"sketch"`` (random combinations of
+            its columns).
         samples: number of random combinations of a sketch.
         estimator: ``"rademacher"`` signs, or ``"labels"`` drawn from the model.
         generator: of the sketch; torch's global one by default.
@@ -30,6 +34,15 @@ class Cotangent:
 
 GRADIENT = Cotangent("gradient")
 ROOT = Cotangent("root")
+HESSIAN = Cotangent("hessian")
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One set of cotangent columns, as written or of the samples' own losses."""
+
+    cotangent: Cotangent
+    own: bool
 
 
 @dataclass(frozen=True)
@@ -69,6 +82,10 @@ class Quantity:
     ) -> dict[Tensor, Any]:
         """Reduce all parameters' structures."""
         return {p: self.reduce(structure, context) for p, structure in structures.items()}
+
+    def from_hessian(self, hessian: Hessian) -> dict[Tensor, Any]:
+        """What a quantity of the Hessian takes from it, instead of reducing structures."""
+        raise NotImplementedError
 
     def combine(self, before: Any, part: Any) -> Any:
         """Join the results of two chunks of columns."""

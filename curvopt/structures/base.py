@@ -80,6 +80,18 @@ class Structure(ABC):
         """Elementwise ``sum_v row_vn^2`` of every sample: ``[N, *shape]``."""
         return torch.cat([rows.square().sum(0) for _, _, rows in self.blocks()])
 
+    def cross(self, other: Structure, batch: bool = False) -> Tensor:
+        """Elementwise ``sum_v row_vn * other_vn``, ``[N, *shape]`` if batch, else summed over n.
+
+        Args:
+            other: cotangents of another kind at the same use.
+            batch: keep the samples apart.
+        """
+        parts = (rows * other.rows(start, stop) for start, stop, rows in self.blocks())
+        if batch:
+            return torch.cat([part.sum(0) for part in parts])
+        return _accumulate(part.sum((0, 1)) for part in parts)
+
     def squared_norms(self) -> Tensor:
         """``|row_vn|^2``: ``[V, N]``."""
         return torch.cat([squared_norm(rows, 2) for _, _, rows in self.blocks()], 1)

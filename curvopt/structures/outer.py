@@ -56,6 +56,15 @@ class Outer(Structure):
         energy = self._left_energy().unsqueeze(0)
         return Outer(energy, self.right.square(), self.shape, transposed=self.transposed).form()[0]
 
+    def cross(self, other: Structure, batch: bool = False) -> Tensor:
+        if self.tokens != 1 or not isinstance(other, Outer):
+            return super().cross(other, batch)
+        energy = (self.left * other.left).sum(0)
+        right = self.right * other.right
+        if batch:
+            return Outer(energy[None], right, self.shape, transposed=self.transposed).form()[0]
+        return self._contract(energy, right)
+
     def squared_norms(self) -> Tensor:
         if self.tokens == 1:
             left, right = self.left.square().sum((-2, -1)), self.right.square().sum((-2, -1))

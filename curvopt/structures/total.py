@@ -112,6 +112,11 @@ class Pulled(Structure):
             return self.pull(self.inner.batch_sum_of_squares(), 1)
         return super().batch_sum_of_squares()
 
+    def cross(self, other: Structure, batch: bool = False) -> Tensor:
+        if self.isometry and isinstance(other, Pulled):
+            return self.pull(self.inner.cross(other.inner, batch), int(batch))
+        return super().cross(other, batch)
+
     def squared_norms(self) -> Tensor:
         return self.inner.squared_norms() if self.isometry else super().squared_norms()
 

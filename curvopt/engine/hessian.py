@@ -1,0 +1,390 @@
+"""Second derivatives of a recorded loss: diagonal, products."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from curvopt.engine.backward import BATCH_BELOW, pull_back
+from curvopt.engine.registry import Rule
+from curvopt.errors import CurvoptError
+from curvopt.losses.base import per_sample
+from curvopt.quantities.base import HESSIAN, ROOT, Pass
+from curvopt.structures import Disjoint, Structure, total
+
+if TYPE_CHECKING:
+    from curvopt.engine.compute import Computation
+    from curvopt.engine.tape import Use
+
+# Graph nodes of functions that are piecewise linear in one argument, the others held.
+PIECEWISE_LINEAR = frozenset(
+    "AdaptiveAvgPool2D AdaptiveAvgPool3D AdaptiveMaxPool2D Add Alias AsStrided "
+    "AvgPool2D AvgPool3D Cat Clamp ClampMax ClampMin Clone ConstantPadNd Copy Div Expand Flip "
+    "Gather Hardtanh Index IndexSelect LeakyRelu MaxPool2DWithIndices MaxPool3DWithIndices Mean "
+    "NativeDropout Neg Permute ReflectionPad1D ReflectionPad2D ReflectionPad3D Relu Repeat "
+    "ReplicationPad1D ReplicationPad2D ReplicationPad3D ReshapeAlias Roll Select Slice Split "
+    "SplitWithSizes Squeeze Stack Sub Sum T Threshold ToCopy Transpose Unbind UnsafeView Unsqueeze "
+    "UpsampleNearest1D UpsampleNearest2D View "
+    "Addmm Addbmm Baddbmm Bmm Convolution Linear Mm Mul Mv".split()
+)
+# Of these, the ones with several arguments whose product is taken.
+PRODUCTS = frozenset("Addmm Addbmm Baddbmm Bmm Convolution Div Linear Mm Mul Mv".split())
+
+
+class Hessian:
+    """Second derivatives of the loss as written, or of the samples' own losses.
+
+    Args:
+        computation: the recorded forward pass, prepared.
+        own: of each sample's own loss, summed, instead of the loss as written.
+    """
+
+    def __init__(self, computation: Computation, own: bool):
+        self.computation, self.tape, self.own = computation, computation.tape, own
+        self.samples, self.params = computation.samples, computation.tape.params
+        self.create_graph = computation.tape.create_graph
+        self.chunk = computation._chunk()
+        self.outputs = [term.output for term in computation.terms]
+        with torch.enable_grad():
+            (chunk,) = computation._columns(Pass(HESSIAN, own))
+            self.cotangents = [rows[0] for rows in chunk]
+        self.batched = computation._elements() < BATCH_BELOW
+
+    def _pull(self, outputs: list[Tensor], cotangents: list[Tensor], inputs: list[Any]) -> Any:
+        return pull_back(
+            outputs, cotangents, inputs, batched=self.batched, create_graph=self.create_graph
+        )
+
+    def _units(self, size: int, like: Tensor) -> Iterator[tuple[slice, Tensor]]:
+        """Chunks of the unit vectors, ``[V, size]``."""
+        for start in range(0, size, self.chunk):
+            stop = min(start + self.chunk, size)
+            unit = torch.zeros(stop - start, size, dtype=like.dtype, device=like.device)
+            unit[torch.arange(stop - start), torch.arange(start, stop)] = 1
+            yield slice(start, stop), unit
+
+    # -- the diagonal -----------------------------------------------------------------------------
+
+    def diagonal(self, rows: bool) -> dict[Tensor, Tensor]:
+        """Exact diagonal: ``[*p]``, or each sample's ``[N, *p]`` with ``rows``.
+
+        A parameter whose every element has one use, by an op that is linear in it, has the diagonal
+        of ``J^T H J`` with the op's J and the Hessian H of the loss in the op's output. Where the
+        way from there to the model's output is piecewise linear, the root of the loss's Hessian
+        gives it. Other parameters take a product with the Hessian per element.
+        """
+        c = self.computation
+        uses, grads, direct = c._pull(
+            self.outputs, [t.detach()[None] for t in self.cotangents], False
+        )
+        parts, uncovered = c._structures(uses, grads, c.use_layouts)
+        simple = self._simple(dict(zip(uses, grads, strict=True)), parts, direct, uncovered)
+        result = self._by_root(simple, rows)
+        general = {p: own for p, own in simple.items() if p not in result}
+        result |= self._by_use(general, rows)
+        slow = [p for p in self.params if (p in parts or p in direct) and p not in result]
+        slow += [p for use in uncovered for p in self._roots(use) if p not in result]
+        result |= self._by_element(list(dict.fromkeys(slow)), rows)
+        lead = (self.samples,) if rows else ()
+        return {
+            p: result[p].to(p.dtype) if p in result else p.new_zeros(*lead, *p.shape)
+            for p in self.params
+        }
+
+    def _roots(self, use: Use) -> list[Tensor]:
+        return [self.tape.by_id[root] for value in use.values.values() for root in value.roots]
+
+    def _simple(
+        self,
+        grads: dict[Use, Tensor],
+        parts: dict[Tensor, list[Structure]],
+        direct: Iterable[Tensor],
+        uncovered: list[Use],
+    ) -> dict[Tensor, list[Use]]:
+        """Parameters whose elements have one use each, by an op that is linear in them."""
+        by_parameter: dict[Tensor, list[Use]] = defaultdict(list)
+        barred = set(direct)
+        for use, grad in grads.items():
+            plain = type(use.rule) is Rule and use not in uncovered
+            for name, value in use.values.items():
+                roots = [self.tape.by_id[root] for root in value.roots]
+                if not (plain and value.isometry and _is_linear(use, use.arguments[name], grad[0])):
+                    barred.update(roots)
+                for p in roots:
+                    by_parameter[p].append(use)
+        return {
+            p: own
+            for p, own in by_parameter.items()
+            if p not in barred and (len(own) == 1 or isinstance(total(parts[p]), Disjoint))
+        }
+
+    def _by_root(self, simple: dict[Tensor, list[Use]], rows: bool) -> dict[Tensor, Tensor]:
+        """The GGN's diagonal, of parameters from which the model is piecewise linear."""
+        c = self.computation
+        wanted = {use for own in simple.values() for use in own}
+        found = affine_edges(self.outputs, [use.edge.node for use in wanted])
+        affine = {use for use in wanted if use.edge.node in found}
+        ours = {p: own for p, own in simple.items() if affine.issuperset(own)}
+        if not ours:
+            return {}
+        result: dict[Tensor, Tensor] = {}
+        edges = list(affine)
+        try:
+            for chunk in c._columns(Pass(ROOT, self.own)):
+                grads = self._pull(self.outputs, chunk, [use.edge for use in edges])
+                parts, _ = c._structures(edges, grads, c.use_layouts)
+                for p in ours:
+                    structure = total(parts[p])
+                    value = structure.batch_sum_of_squares() if rows else structure.sum_of_squares()
+                    result[p] = result[p] + value if p in result else value
+        except CurvoptError:  # the loss has no root: the way through its own derivatives is open
+            return {}
+        return result
+
+    def _by_use(self, simple: dict[Tensor, list[Use]], rows: bool) -> dict[Tensor, Tensor]:
+        """Diagonals from the Hessian of the loss in the outputs of the parameters' uses."""
+        uses = list({use: None for own in simple.values() for use in own})
+        if not uses:
+            return {}
+        slopes = torch.autograd.grad(
+            self.outputs, [use.edge for use in uses], self.cotangents, create_graph=True
+        )
+        result: dict[Tensor, Tensor] = {}
+        for use, slope in zip(uses, slopes, strict=True):
+            if not slope.requires_grad:  # the loss is linear in this output
+                continue
+            by_outputs = []
+            outputs = slope.numel() // max(1, self.samples)
+            for name, value in use.values.items():
+                for p in (self.tape.by_id[root] for root in value.roots):
+                    if p not in simple:
+                        continue
+                    if value.tensor.numel() >= outputs:
+                        by_outputs.append(p)
+                        continue
+                    part = self._along_elements(use, name, slope, rows)
+                    result[p] = result[p] + part if p in result else part
+            for p, part in self._along_outputs(use, by_outputs, slope, rows):
+                result[p] = result[p] + part if p in result else part
+        for p in simple:
+            if p not in result:
+                lead = (self.samples,) if rows else ()
+                result[p] = p.new_zeros(*lead, *p.shape)
+        return result
+
+    def _along_elements(self, use: Use, name: Any, slope: Tensor, rows: bool) -> Tensor:
+        """One column per element e of the parameter: ``<J e, H J e>`` per sample."""
+        layout, value = self.computation.use_layouts[use], use.values[name]
+        assert layout is not None
+        dummy = torch.zeros_like(slope, requires_grad=True)
+        (pulled,) = torch.autograd.grad(
+            [use.edge], [use.arguments[name]], [dummy], create_graph=True
+        )
+        parts = []
+        for _, unit in self._units(pulled.numel(), pulled):
+            (tangents,) = self._pull([pulled], [unit.view(-1, *pulled.shape)], [dummy])
+            (curved,) = self._pull([slope], [tangents], [use.edge])
+            products = layout.split(tangents * curved, 1).flatten(2).sum(-1)
+            parts.append(products if rows else products.sum(1))
+        column = torch.cat(parts)
+        result = column.T.reshape(-1, *pulled.shape) if rows else column.view(pulled.shape)
+        (p,) = (self.tape.by_id[root] for root in value.roots)
+        if value.tensor is p:
+            return result
+        (back,) = torch.autograd.grad(
+            value.tensor, p, result, is_grads_batched=rows, retain_graph=True
+        )
+        return back
+
+    def _along_outputs(
+        self, use: Use, params: list[Tensor], slope: Tensor, rows: bool
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """One column per output element of a sample: rows of H's column times rows of the unit."""
+        if not params:
+            return
+        layout = self.computation.use_layouts[use]
+        assert layout is not None
+        inner = layout.split(slope).shape[1:]
+        result: dict[Tensor, Tensor] = {}
+        for _, unit in self._units(inner.numel(), slope):
+            unit = unit.view(-1, 1, *inner).expand(-1, layout.n, *inner)
+            unit = layout.merge(unit, 1)
+            (curved,) = self._pull([slope], [unit], [use.edge])
+            left, right = (
+                self.computation._structures([use], [cotangent], {use: layout})[0]
+                for cotangent in (unit, curved)
+            )
+            for p in params:
+                part = left[p][0].cross(right[p][0], rows)
+                result[p] = result[p] + part if p in result else part
+        yield from result.items()
+
+    def _by_element(self, params: list[Tensor], rows: bool) -> dict[Tensor, Tensor]:
+        """One product with the Hessian per element (and sample)."""
+        if not params:
+            return {}
+        if not rows:
+            return self._diagonal_of(self._parameter_hessian(None), params)
+        each = [self._diagonal_of(self._parameter_hessian(n), params) for n in range(self.samples)]
+        return {p: torch.stack([one[p] for one in each]) for p in params}
+
+    def _diagonal_of(self, hessian: ParameterHessian, params: list[Tensor]) -> dict[Tensor, Tensor]:
+        result = {}
+        for p in params:
+            parts = []
+            for part, unit in self._units(p.numel(), p):
+                product = hessian.product({p: unit.view(-1, *p.shape)})[p].flatten(1)
+                parts.append(product[:, part].diagonal())
+            result[p] = torch.cat(parts).view(p.shape)
+        return result
+
+    # -- products ---------------------------------------------------------------------------------
+
+    def _parameter_hessian(self, sample: int | None = None) -> ParameterHessian:
+        cotangents = self.cotangents
+        if sample is not None:
+            hot = torch.zeros(self.samples)
+            hot[sample] = 1
+            layouts = self.computation.term_layouts
+            with torch.enable_grad():
+                cotangents = [
+                    per_sample(cotangent, hot.to(cotangent), layout)
+                    for cotangent, layout in zip(cotangents, layouts, strict=True)
+                ]
+        return ParameterHessian(self, cotangents)
+
+    def product(self, vectors: dict[Tensor, Tensor]) -> dict[Tensor, Tensor]:
+        """Product with vectors ``[V, *p]``, zero for parameters that are not given: ``[V, *p]``."""
+        if not hasattr(self, "_whole"):
+            self._whole = self._parameter_hessian()
+        return self._whole.product(vectors)
+
+
+class ParameterHessian:
+    """Products with the Hessian in the parameters, through their stand-ins in the graph."""
+
+    def __init__(self, hessian: Hessian, cotangents: list[Tensor]):
+        self.params, self.pull = hessian.params, hessian._pull
+        tape = hessian.tape
+        links = {}
+        if not tape.create_graph:  # else the graph leads to the parameters themselves
+            for use in tape.record.uses:
+                for name, value in use.values.items():
+                    links[use.arguments[name]] = value.tensor
+        self.leaves, self.values = list(links), list(links.values())
+        with torch.enable_grad():
+            raw = torch.autograd.grad(
+                hessian.outputs,
+                [*self.leaves, *self.params],
+                cotangents,
+                create_graph=True,
+                allow_unused=True,
+            )
+            self.slopes = self._gather(raw, batched=False)
+
+    def product(self, vectors: dict[Tensor, Tensor]) -> dict[Tensor, Tensor]:
+        """As `Hessian.product`."""
+        columns = len(next(iter(vectors.values())))
+        pairs = [
+            (self.slopes[p], v)
+            for p, v in vectors.items()
+            if p in self.slopes and self.slopes[p].requires_grad
+        ]
+        pulled: dict[Tensor, Tensor] = {}
+        if pairs:
+            slopes, rows = (list(part) for part in zip(*pairs, strict=True))
+            raw = self.pull(slopes, rows, [*self.leaves, *self.params])
+            pulled = self._gather(raw, batched=True)
+        return {
+            p: pulled[p] if p in pulled else p.new_zeros(columns, *p.shape) for p in self.params
+        }
+
+    def _gather(self, raw: Any, *, batched: bool) -> dict[Tensor, Tensor]:
+        """What the stand-ins got, at the parameters."""
+        result: dict[Tensor, Tensor] = {}
+
+        def add(p: Tensor, grad: Tensor | None) -> None:
+            if grad is not None:
+                result[p] = result[p] + grad if p in result else grad
+
+        own = set(self.params)
+        derived = []
+        for value, grad in zip(self.values, raw, strict=False):
+            if value in own:
+                add(value, grad)
+            elif grad is not None:
+                derived.append((value, grad))
+        for p, grad in zip(self.params, raw[len(self.values) :], strict=True):
+            add(p, grad)
+        if derived:
+            values, grads = (list(part) for part in zip(*derived, strict=True))
+            back = torch.autograd.grad(
+                values,
+                self.params,
+                grads,
+                create_graph=True,
+                allow_unused=True,
+                is_grads_batched=batched,
+            )
+            for p, grad in zip(self.params, back, strict=True):
+                add(p, grad)
+        return result
+
+
+def _is_linear(use: Use, leaf: Tensor, grad: Tensor) -> bool:
+    """Whether the op's output is linear in the parameter: a random second derivative is zero."""
+    generator = torch.Generator().manual_seed(0)
+
+    def random(like: Tensor) -> Tensor:
+        return torch.rand(like.shape, generator=generator).to(like)
+
+    with torch.enable_grad():
+        cotangent = random(grad).requires_grad_()
+        (slope,) = torch.autograd.grad([use.edge], [leaf], [cotangent], create_graph=True)
+        if not slope.requires_grad:
+            return True
+        (second,) = torch.autograd.grad(
+            slope, leaf, random(slope), allow_unused=True, retain_graph=True
+        )
+    return second is None or not second.any()
+
+
+def affine_edges(outputs: list[Tensor], nodes: list[Any]) -> set[Any]:
+    """Those graph nodes from whose output the outputs are piecewise linear.
+
+    Every node on the way must be piecewise linear, and a product must have one factor that does
+    not depend on the data path.
+    """
+    order = _topological([output.grad_fn for output in outputs])
+    data, clean = set(nodes), dict.fromkeys(order, True)
+    for node in reversed(order):  # what a node consumes comes before it
+        if any(following in data for following, _ in node.next_functions):
+            data.add(node)
+    for node in order:
+        following = [n for n, _ in node.next_functions if n in data]
+        name = type(node).__name__.split("Backward")[0]
+        several = name in PRODUCTS and len(following) > 1
+        divisor = name == "Div" and node.next_functions[1:] and node.next_functions[1][0] in data
+        if not clean[node] or name not in PIECEWISE_LINEAR or several or divisor:
+            clean.update(dict.fromkeys(following, False))
+    return {node for node in nodes if clean.get(node, False)}
+
+
+def _topological(starts: list[Any]) -> list[Any]:
+    """Nodes of a graph, consumers first."""
+    order: list[Any] = []
+    seen: set[Any] = set()
+    stack = [(node, False) for node in starts if node is not None]
+    while stack:
+        node, done = stack.pop()
+        if done:
+            order.append(node)
+        elif node not in seen:
+            seen.add(node)
+            stack.append((node, True))
+            stack += [(n, False) for n, _ in node.next_functions if n is not None]
+    return order[::-1]
