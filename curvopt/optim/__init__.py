@@ -2,5 +2,6 @@
 
 from curvopt.optim.diag_ggn import DiagGGNOptimizer
 from curvopt.optim.dp_sgd import DPSGD, DPAdam
+from curvopt.optim.variance_adaptive import Noise, VarianceAdaptiveSGD
 
-__all__ = ["DPSGD", "DPAdam", "DiagGGNOptimizer"]
+__all__ = ["DPSGD", "DPAdam", "DiagGGNOptimizer", "Noise", "VarianceAdaptiveSGD"]

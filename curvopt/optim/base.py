@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
+from copy import deepcopy
 from typing import Any, ClassVar
 
 import torch
@@ -24,7 +25,8 @@ class EngineOptimizer(torch.optim.Optimizer):
     A subclass says in `_wanted` what it needs beside the gradient for the coming step, checks the
     settings of a group in `_validate`, and moves the parameters in `_update`, given ``p.grad`` and
     what the step's backward passes left in ``self.collected``. It checks first and changes
-    state after: what fails must leave the parameters and their state as they were.
+    state after: what fails must leave the parameters and their state as they were. What
+    belongs to the gradients in ``p.grad`` for as long as they add up goes to ``self._held``.
 
     As in all of torch, gradients add up until they are zeroed: backward passes inside one closure,
     or in several ``with opt.record():`` blocks before one ``step()``. All of them must be recorded.
@@ -73,6 +75,7 @@ class EngineOptimizer(torch.optim.Optimizer):
     def _forget(self) -> None:
         self.collected: list[dict[str, Any]] = []
         self._left: dict[Tensor, tuple[Tensor, int]] = {}
+        self._held: dict[str, Any] = {}
         self._recorded = False
 
     # -- for subclasses ---------------------------------------------------------------------------
@@ -214,22 +217,24 @@ class EngineOptimizer(torch.optim.Optimizer):
 
     def _begin_pass(self) -> None:
         """See to it that ``p.grad`` holds the gradients of recorded passes, or None."""
-        grads = {p: p.grad for p in self._parameters() if p.grad is not None}
-        known = self._left
-        if grads.keys() == known.keys() and all(
-            grad is known[p][0] and grad._version == known[p][1] for p, grad in grads.items()
-        ):
+        if self._unchanged():
             return
-        for p, grad in grads.items():
-            if grad.any():
+        for p in self._parameters():
+            if p.grad is not None and p.grad.any():
                 raise CurvoptError(
-                    f"{self._name(p)} holds a gradient that was not recorded, so what is known of "
-                    "the other samples would not go with it: call zero_grad() first, and run "
-                    "every backward pass of a step inside its closure or `with opt.record():`"
+                    f"{self._name(p)} holds a gradient that was not recorded, so nothing is known "
+                    "of its samples: call zero_grad() first, and run every backward pass of a "
+                    "step inside its closure or `with opt.record():`"
                 )
-        for p in grads:  # zeros
-            p.grad = None
-        self.collected.clear()
+        self.zero_grad()
+
+    def _unchanged(self) -> bool:
+        """Whether ``p.grad`` is as the last recorded pass or step left it."""
+        grads = {p: p.grad for p in self._parameters() if p.grad is not None}
+        left = self._left
+        return grads.keys() == left.keys() and all(
+            grad is left[p][0] and grad._version == left[p][1] for p, grad in grads.items()
+        )
 
     def _note(self, *, recorded: bool) -> None:
         """Remember ``p.grad`` as it is: what changes it from now on went unrecorded."""
@@ -281,7 +286,7 @@ class EngineOptimizer(torch.optim.Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """As in torch, with one more entry, ``"engine"``: counters and the generator's state."""
-        engine = {name: getattr(self, name) for name in self.saved}
+        engine = {name: deepcopy(getattr(self, name)) for name in self.saved}
         if self.generator is not None:
             engine["generator"] = self.generator.get_state()
         return super().state_dict() | {"engine": engine}
@@ -302,14 +307,14 @@ class EngineOptimizer(torch.optim.Optimizer):
         engine = dict(final.get("engine", {}))
         generator = engine.pop("generator", None)
         for name, value in engine.items():
-            setattr(self, name, value)
+            setattr(self, name, deepcopy(value))
         if generator is not None and self.generator is not None:
             self.generator.set_state(generator.cpu())
 
     def __getstate__(self) -> dict[str, Any]:
         """All but hooks, gradients of a step under way, and ``step``, which schedulers wrap."""
         kept = vars(self).items()
-        passing = ("step", "collected", "_left", "_recorded")
+        passing = ("step", "collected", "_left", "_held", "_recorded")
         return {k: v for k, v in kept if k not in passing and not k.startswith("_optimizer_")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
