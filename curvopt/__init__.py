@@ -64,6 +64,7 @@ __all__ = [
     "SumGradSquared",
     "Variance",
     "VarianceAdaptiveSGD",
+    "VarianceAdaptiveSGD",
     "batch_hessian",
     "batch_hessian_diag",
     "batch_jacobian",
