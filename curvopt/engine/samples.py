@@ -72,4 +72,5 @@ def sample_counts(first_use: tuple[int, ...], rows: tuple[int, ...]) -> list[int
         agrees = any(True for _ in layouts(first_use, n)) and any(True for _ in layouts(rows, n))
         if agrees and n not in counts:
             counts.append(n)
-    return counts
+    # A model may work sequence first inside; a loss hardly ever has its samples on axis 1.
+    return sorted(counts, key=lambda n: next(layouts(rows, n)).kind == "time")
