@@ -39,8 +39,14 @@ def combines_samples(tape: Tape, arguments: Arguments, all_shared: bool) -> bool
 
 
 def looks_up_samples(tape: Tape, arguments: Arguments, all_shared: bool) -> bool:
-    """The indices are data (token ids), not one table for all samples (positions)."""
-    return not all_shared and _holds_samples(tape, arguments["input"].shape)
+    """The indices are data (token ids), not one table for all samples (positions).
+
+    A table that was expanded along the sample axis (token types by default) counts as data.
+    """
+    indices = arguments["input"]
+    if all_shared:
+        return indices.ndim > 1 and indices.shape[0] == tape.hint and indices.stride(0) == 0
+    return _holds_samples(tape, indices.shape)
 
 
 def indexes_samples(tape: Tape, arguments: Arguments, all_shared: bool) -> bool:

@@ -2,6 +2,7 @@
 
 from curvopt.ops import (  # noqa: F401 (they register themselves)
     arithmetic,
+    attention,
     bilinear,
     conv,
     embedding,
