@@ -64,7 +64,6 @@ __all__ = [
     "SumGradSquared",
     "Variance",
     "VarianceAdaptiveSGD",
-    "VarianceAdaptiveSGD",
     "batch_hessian",
     "batch_hessian_diag",
     "batch_jacobian",
