@@ -97,7 +97,8 @@ class Variance(Quantity):
                 f"the unbiased variance needs two samples, got {n}; use unbiased=False"
             )
         total, squares = structure.moments()
-        variance = squares.addcmul_(total, total, value=-1 / n).mul_(1 / n).clamp_(min=0)
+        share = 1 / max(1, n)
+        variance = squares.addcmul_(total, total, value=-share).mul_(share).clamp_(min=0)
         scale = context.factor**2 * (n / (n - 1) if self.unbiased else 1)
         return variance if scale == 1 else variance * scale
 

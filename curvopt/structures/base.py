@@ -51,7 +51,7 @@ class Structure(ABC):
     def blocks(self) -> Iterator[tuple[int, int, Tensor]]:
         """Form the rows a block of samples at a time: ``(start, stop, rows)``."""
         size = self.block()
-        for start in range(0, self.samples, size):
+        for start in range(0, max(1, self.samples), size):  # an empty batch is one empty block
             stop = min(start + size, self.samples)
             yield start, stop, self.rows(start, stop)
 
