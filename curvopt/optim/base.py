@@ -165,12 +165,13 @@ class EngineOptimizer(torch.optim.Optimizer):
         pending, self._recorded = self._recorded, False
         with torch.enable_grad(), self.record() as tape:
             loss = closure()
-            if self._recorded:
-                return loss
-            if loss is None and pending:  # Lightning's manual optimization: an empty closure
-                self._recorded = True
-                return loss
-            self.zero_grad()
+        if self._recorded:
+            return loss
+        if loss is None and pending:  # Lightning's manual optimization: an empty closure
+            self._recorded = True
+            return loss
+        self.zero_grad()
+        with torch.enable_grad():  # and no recording of the pass itself
             tape.on_backward(loss[0] if isinstance(loss, tuple) and loss else loss)
         return loss
 
