@@ -103,7 +103,7 @@ def embedding_bag(
         values = values * per_sample_weights.reshape(-1, 1)
     if mode == "mean":
         counted = torch.ones_like(bag) if padding_idx is None else (indices != padding_idx).long()
-        sizes = torch.zeros_like(bag, shape=(bags,)).index_add(0, bag, counted)
+        sizes = bag.new_zeros(bags).index_add(0, bag, counted)
         values = values / sizes[bag].clamp(min=1).unsqueeze(-1)
     return {"weight": flat_lookup(use, weight, values, owners(use)[bag], indices, padding_idx)}
 

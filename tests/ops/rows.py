@@ -12,7 +12,7 @@ def problem(row, n, loss="bce"):
     return build(row.make, row.shape, LOSSES[loss], n)
 
 
-def exact(rows):
+def exact(rows, slopes=True):
     """A test of every row: all quantities against the loops, and the slopes of the variance.
 
     Warnings are errors, so that the slow path is one.
@@ -22,10 +22,10 @@ def exact(rows):
     @pytest.mark.parametrize("row", rows)
     def test(row, n):
         check(problem(rows[row], n))
-        if n == 3:
+        if slopes and n == 3:
             one = problem(rows[row], n, "mse")
             parts = compute(one, ["variance"], create_graph=True).variance.values()
-            slopes = derivative(sum(part.sum() for part in parts), one.params)
-            assert_close(by_parameter(one.params, slopes), oracles.total_variance_grad(*one))
+            found = derivative(sum(part.sum() for part in parts), one.params)
+            assert_close(by_parameter(one.params, found), oracles.total_variance_grad(*one))
 
     return test
