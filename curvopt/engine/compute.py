@@ -265,13 +265,8 @@ class Computation:
             if grad is None or not options:
                 result[use] = options[0] if options else None
                 continue
-            clean = (
-                layout
-                for layout in options
-                if not (layout.split(grad[0])[others.to(grad.device)].abs() > 0).any()
-            )
-            result[use] = next(clean, None)
-            if result[use] is None:
+            result[use] = next((o for o in options if _scales(grad, factors, o)), None)
+            if result[use] is None and not use.rule.tentative:
                 return None, f"{use.op} (output {list(use.shape)}, {n} samples)"
         return result, ""
 

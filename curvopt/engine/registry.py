@@ -40,7 +40,12 @@ class Rule:
         applies: whether a call is a use that the rule covers (see `curvopt.engine.evidence`).
         unread: names of arguments whose values the rule does not read, given the arguments: data
             that need not be kept, and may change in place.
+
+    Attributes:
+        tentative: whether the output has a sample axis is not known.
     """
+
+    tentative = False
 
     def __init__(
         self,

@@ -29,6 +29,7 @@ from curvopt.engine.samples import Layout
 from curvopt.errors import CurvoptError, Uncovered
 from curvopt.losses import LOSSES, Loss
 from curvopt.losses.handwritten import Reduction
+from curvopt.ops.of_samples import of_samples
 from curvopt.ops.recurrent import remember_order
 from curvopt.structures import Structure
 
@@ -309,7 +310,10 @@ class Tape(TorchFunctionMode):
         entries = [e for e in self._entries(args, kwargs) if e.roots]
         roots = frozenset().union(*(entry.roots for entry in entries))
         output = func(*args, **kwargs)
-        if all_shared or self._carries_no_samples(args, kwargs):
+        if derives:
+        derives = all_shared or self._carries_no_samples(args, kwargs)
+        if not derives:
+            args, kwargs = self._by_sample(func, args, kwargs)
             isometry = len(entries) == 1 and entries[0].isometry and known.selects(func, args)
             self._share(output, roots, isometry)
         else:
@@ -322,6 +326,17 @@ class Tape(TorchFunctionMode):
     def _entries(self, args, kwargs) -> list[Shared]:
         tensors = _tensors((*args, *kwargs.values()))
         return [self.shared[id(value)] for value in tensors if id(value) in self.shared]
+
+    def _by_sample(self, func, args, kwargs):
+        """Record derived values that meet activations as uses: they may hold a part per sample."""
+        swaps: dict[int, Tensor] = {}
+        for value in _tensors((*args, *kwargs.values())):
+            changed = value is args[0]  # by an in-place op, perhaps
+            if self.is_tracked(value) and not self._is_param(value) and not changed:
+                with self:
+                    swaps[id(value)] = of_samples(value)
+                self.record.uses[-1].op = known.op_name(func)
+        return _swap(args, swaps), {k: _swap_one(v, swaps) for k, v in kwargs.items()}
 
     def _carries_no_samples(self, args, kwargs) -> bool:
         """No operand is an activation: the others are buffers, or data of unknown kind.

@@ -8,6 +8,7 @@ from curvopt.ops import (  # noqa: F401 (they register themselves)
     embedding,
     linear,
     norm,
+    of_samples,
     recurrent,
     transposed,
 )

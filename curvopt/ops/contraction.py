@@ -39,14 +39,14 @@ def contraction(
         sample = "*"
     else:
         sample = out[1 if layout.kind == "time" else 0]
-    if sample in letters or sample not in data_letters:
-        raise Uncovered(f"{use.op} has its samples on an axis of a parameter {list(shape)}")
     sizes = dict(zip(out, cotangent.shape[1:], strict=True))
     # Axes of size 1 that were broadcast are no axes of that operand.
     data, data_letters = _squeeze(data, data_letters, sizes)
     kept = [i for i, c in enumerate(letters) if shape[i] != 1 or sizes.get(c, 1) == 1]
     inner_letters = "".join(letters[i] for i in kept)
     inner_shape = [shape[i] for i in kept]
+    if sample in inner_letters or sample not in data_letters:
+        raise Uncovered(f"{use.op} has its samples on an axis of a parameter {list(shape)}")
 
     axis = out.index(sample) + 1
     cotangent, data = cotangent.movedim(axis, 1), data.movedim(data_letters.index(sample), 0)

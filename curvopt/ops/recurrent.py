@@ -18,7 +18,8 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.overrides import handle_torch_function, has_torch_function
 
 from curvopt.engine.registry import composition, rule
-from curvopt.structures import Dense, Outer, Shift, Structure
+from curvopt.ops.of_samples import of_samples
+from curvopt.structures import Outer, Shift, Structure
 
 if TYPE_CHECKING:
     from curvopt.engine.registry import Arguments
@@ -74,20 +75,6 @@ def _all_steps(use: UseView, weight: Tensor, bias: Tensor | None, base: Tensor, 
     if bias is not None:
         found["bias"] = Shift(left, bias.shape, (1, len(bias)))
     return found
-
-
-def of_samples(state: Tensor) -> Tensor:
-    """A state of all samples, so recorded if it is made of parameters (a learned initial state)."""
-    if has_torch_function((state,)):
-        return handle_torch_function(of_samples, (state,), state)
-    return state.view_as(state)
-
-
-@rule(of_samples, parameters="state", applies=_always)
-def _of_samples(use: UseView, state: Tensor):
-    one_hot = torch.eye(use.layout.n).to(use.raw)
-    one_hot = one_hot.view(*one_hot.shape, *[1] * (use.cotangent.ndim - 2))
-    return {"state": Dense(use.layout.merge(one_hot * use.cotangent.unsqueeze(1), 2))}
 
 
 # Cells: the new state from ``gates = base + b_hh + h W_hh^T``, where base is the projected input

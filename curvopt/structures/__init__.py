@@ -8,6 +8,7 @@ from curvopt.structures.folded import Folded
 from curvopt.structures.kronecker import Factors
 from curvopt.structures.lookup import Lookup
 from curvopt.structures.outer import Outer
+from curvopt.structures.own import Own
 from curvopt.structures.permuted import Permuted
 from curvopt.structures.total import Disjoint, Pulled, Total, total
 
@@ -19,6 +20,7 @@ __all__ = [
     "Folded",
     "Lookup",
     "Outer",
+    "Own",
     "Permuted",
     "Pulled",
     "Scale",

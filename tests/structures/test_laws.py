@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from curvopt.engine.samples import Layout
 from curvopt.structures import (
     Conv,
     Dense,
@@ -11,6 +12,7 @@ from curvopt.structures import (
     Folded,
     Lookup,
     Outer,
+    Own,
     Permuted,
     Pulled,
     Scale,
@@ -74,6 +76,14 @@ def folded(v):
     rows = torch.einsum("nto,nti->noi", left[0, :, 0], right[:, 0])
     inner = Outer(left, right, rows.shape[1:])
     return Folded(inner, v), rows.unflatten(0, (N, v)).transpose(0, 1)
+
+
+def own(kind, k):
+    """Each sample's part of the rows is its cotangent."""
+    cotangent, layout = normal(2, N, k, 4), Layout(kind, N, k)
+    rows = torch.stack([cotangent * (torch.arange(N) == n).view(N, 1, 1) for n in range(N)], 1)
+    rows = torch.stack([layout.merge(row, 1) for row in rows.unbind(1)], 1)
+    return Own(cotangent, layout), rows
 
 
 def pulled(derive, isometry=False):
@@ -164,6 +174,8 @@ STRUCTURES = {
     "lookup-numbers": lambda: lookup(1, (4,), [0, 1, 2, 2], [1, 3, 1, 3]),
     "folded": lambda: folded(1),
     "folded-columns": lambda: folded(3),
+    "own": lambda: own("batch", 2),
+    "own-time": lambda: own("time", 2),
     "pulled-transposed": lambda: pulled(lambda w: w.t(), isometry=True),
     "pulled-slice": lambda: pulled(lambda w: w[1:, ::2], isometry=True),
     "pulled-normalized": lambda: pulled(lambda w: F.normalize(w, dim=1)),

@@ -1,0 +1,34 @@
+"""A derived value that holds every sample's own part (copies of a token, initial states)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from curvopt.engine.samples import Layout
+from curvopt.structures.base import Structure
+
+
+class Own(Structure):
+    """Row n is the cotangent of sample n's part of the value, and zero in the other parts.
+
+    Args:
+        cotangent: ``[V, N, K, *rest]``.
+        layout: where the value holds its samples.
+    """
+
+    def __init__(self, cotangent: Tensor, layout: Layout):
+        self.cotangent, self.layout = cotangent, layout
+        self.columns, self.samples = cotangent.shape[:2]
+        self.shape = layout.merge(cotangent, 1).shape[1:]
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        one_hot = torch.eye(self.samples)[start:stop].to(self.cotangent)
+        one_hot = one_hot.view(*one_hot.shape, *[1] * (self.cotangent.ndim - 2))
+        return self.layout.merge(one_hot * self.cotangent.unsqueeze(1), 2)
+
+    def sum(self, weights: Tensor | None = None) -> Tensor:
+        parts = self.cotangent.sum(0)
+        if weights is not None:
+            parts = parts * weights.view(-1, *[1] * (parts.ndim - 1))
+        return self.layout.merge(parts)
