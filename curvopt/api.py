@@ -23,6 +23,7 @@ class Recording(Tape):
         self,
         loss: Tensor,
         *quantities: Quantity,
+        output: Tensor | None = None,
         reduction: str | None = None,
         max_columns: int | None = None,
     ) -> Result:
@@ -31,11 +32,13 @@ class Recording(Tape):
         Args:
             loss: a scalar, computed inside the ``with`` block.
             *quantities: what to compute.
+            output: the model's output that the loss was computed from, for the curvature of a loss
+                written by hand.
             reduction: ``"mean"`` or ``"sum"``: how a loss written by hand is reduced over samples.
             max_columns: columns sent back together at most; bounded by memory in any case.
         """
         asked = quantities_of(quantities)
-        computation = Computation(self, loss, reduction, max_columns)
+        computation = Computation(self, loss, reduction, max_columns, output=output)
         values = computation.run(asked) if asked else {}
         result = Result(computation.loss.detach(), lambda: _complete(computation))
         for field, value in values.items():
@@ -82,7 +85,8 @@ def compute(
 
     Args:
         closure: runs the model and returns the loss; it may call ``backward()`` on it, which
-            then also adds the gradient to ``p.grad`` as usual.
+            then also adds the gradient to ``p.grad`` as usual. For the curvature of a loss that
+            is none of torch.nn.functional's, it returns ``(loss, output)`` with the model's output.
         params: parameters, or (name, parameter) pairs; names appear in messages.
         *quantities: what to compute; those with the same cotangent share one backward pass.
         batch_size: number of samples, where the first op and the loss do not tell.
@@ -114,8 +118,13 @@ def compute(
         raise CurvoptError(
             f"the closure called backward() {len(calls)} times; compute takes one loss: add them"
         )
+    output = None
+    if isinstance(loss, tuple) and len(loss) == 2:
+        loss, output = loss
     loss = calls[0] if calls else loss
-    result = tape.compute(loss, *quantities, reduction=reduction, max_columns=max_columns)
+    result = tape.compute(
+        loss, *quantities, output=output, reduction=reduction, max_columns=max_columns
+    )
     if calls:
         for p, grad in result.grad.items():
             p.grad = grad.clone() if p.grad is None else p.grad + grad

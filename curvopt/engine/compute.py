@@ -15,7 +15,7 @@ from curvopt.engine.backward import BATCH_BELOW, pull_back
 from curvopt.engine.hessian import Hessian
 from curvopt.engine.samples import Layout, layouts, sample_counts
 from curvopt.engine.tape import Tape, Use
-from curvopt.engine.terms import loss_terms, upstream, walk
+from curvopt.engine.terms import closure_terms, loss_terms, upstream, walk
 from curvopt.errors import CurvoptError, Uncovered
 from curvopt.losses import Loss
 from curvopt.losses.base import per_sample
@@ -104,6 +104,7 @@ class Computation:
         loss: the loss, a scalar that was computed while recording.
         reduction: how a loss that was written by hand is reduced over the samples.
         max_columns: cotangent columns that go together at most; bounded by memory in any case.
+        output: the model's output that a loss written by hand was computed from.
         finite: refuse a loss that is not finite.
     """
 
@@ -114,12 +115,13 @@ class Computation:
         reduction: str | None = None,
         max_columns: int | None = None,
         *,
+        output: Tensor | None = None,
         finite: bool = True,
     ):
         self.tape, self.loss, self.record = tape, loss, tape.record
         if max_columns is not None and max_columns < 1:
             raise ValueError(f"Invalid max_columns: {max_columns}")
-        self.max_columns = max_columns
+        self.max_columns, self.output = max_columns, output
         if reduction not in (None, "mean", "sum"):
             raise ValueError(f"Invalid reduction: {reduction!r} (use 'mean' or 'sum')")
         self.reduction = reduction
@@ -186,7 +188,10 @@ class Computation:
                 "that no sample has a gradient of its own. Put the layer in eval mode "
                 "(module.eval()), or use a norm within samples, such as torch.nn.GroupNorm"
             )
-        self.terms = loss_terms(self.loss, self.record, self.reduction)
+        if self.output is None:
+            self.terms = loss_terms(self.loss, self.record, self.reduction)
+        else:
+            self.terms = closure_terms(self.loss, self.output, self.record, self.reduction)
         self.upstream = upstream(self.loss, self.terms)
         self.samples, self.term_layouts, self.use_layouts = self._layouts()
         self.shares = [

@@ -415,6 +415,8 @@ class Tape(TorchFunctionMode):
         output = arguments.pop("input")
         if not (isinstance(value, Tensor) and value.requires_grad and output.requires_grad):
             return value
+        if any(isinstance(v, Tensor) and v.requires_grad for v in arguments.values()):
+            return value  # the model enters through the target too: no loss of one output
         if rule.wants_logits:
             pair = self.log_softmaxes.get(id(output))
             logits = pair[1] if pair is not None and pair[0] is output else None

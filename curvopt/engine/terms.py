@@ -10,6 +10,7 @@ from torch import Tensor
 
 from curvopt.errors import CurvoptError
 from curvopt.losses import Loss
+from curvopt.losses.generic import Closure
 from curvopt.losses.handwritten import Reduction
 
 if TYPE_CHECKING:
@@ -51,6 +52,41 @@ def loss_terms(loss: Tensor, record: Record, reduction: str | None) -> list[Loss
             term.ending = reduction
             terms.append(term)
     return terms
+
+
+def closure_terms(
+    loss: Tensor, output: Tensor, record: Record, reduction: str | None
+) -> list[Loss]:
+    """The loss as one term of an output that was returned beside it.
+
+    Raises:
+        CurvoptError: the loss does not depend on the model through the output alone, or how it was
+            reduced over the samples is not known.
+    """
+    if not isinstance(output, Tensor) or output.grad_fn is None or not output.ndim:
+        raise CurvoptError("(loss, output): the output must be the model's output, a tensor [N, *]")
+    nodes, loose = walk(loss.grad_fn, {output.grad_fn})
+    if loose or not nodes:
+        raise CurvoptError(
+            f"(loss, output): the loss does not depend on the model through the output "
+            f"{list(output.shape)} alone; return the tensor that the loss was computed from"
+        )
+    if reduction is None:
+        try:
+            terms = loss_terms(loss, record, None)
+        except CurvoptError:
+            terms = []
+        kinds = {
+            "sum" if (t.ending if t.reduction == "none" else t.reduction) == "sum" else "mean"
+            for t in terms
+        }
+        if len(kinds) != 1:
+            raise CurvoptError(
+                "how the loss was reduced over the samples is not known: give reduction='mean' or "
+                "reduction='sum'"
+            )
+        (reduction,) = kinds
+    return [Closure(output, loss, reduction)]
 
 
 def walk(start: Any, stops: Container[Any]) -> tuple[list[Any], list[Tensor]]:

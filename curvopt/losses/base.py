@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from curvopt.engine.samples import Layout
+from curvopt.engine.samples import Layout, layouts
 from curvopt.errors import CurvoptError
 
 
@@ -51,6 +52,14 @@ class Loss(ABC):
     def token_shape(self) -> torch.Size:
         """Shape of the tokens: of the output for losses of elements."""
         return self.output.shape
+
+    def layouts(self, n: int) -> Iterator[Layout]:
+        """Ways in which the output can hold n samples; axis 1 may only be time, not a feature."""
+        return (
+            layout
+            for layout in layouts(self.output.shape, n)
+            if layout.kind != "time" or self.output.ndim > 2
+        )
 
     def share(self, layout: Layout) -> float | Tensor:
         """Sample n's share w_n of the value, ``value = sum_n w_n (sample n's own loss)``."""
@@ -104,6 +113,8 @@ class Loss(ABC):
                 f"{self.name} enters the loss with a negative weight, so its Gauss-Newton matrix "
                 "is not positive semi-definite and has no root; use DiagHessian, or drop the term"
             )
+        if factor.requires_grad:  # the derivative of a root at zero is no number
+            return torch.where(factor > 0, factor, 1).sqrt() * (factor > 0)
         return factor.sqrt()
 
     def columns_per_sample(self, layout: Layout) -> int:

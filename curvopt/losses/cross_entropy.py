@@ -125,6 +125,6 @@ class Likelihood(CrossEntropy):
 
     def curvature(self) -> Tensor:
         raise CurvoptError(
-            "nll_loss is linear in its input, so it has curvature only through log_softmax; apply "
+            f"{self.name} is linear in its input, so it has curvature only through log_softmax; apply "
             "torch.nn.functional.log_softmax(logits, dim=1) to the model's output while recording"
         )

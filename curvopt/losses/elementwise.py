@@ -68,7 +68,7 @@ def mse_loss(
 ):  # fmt: skip
     """Squared error."""
     reduction = reduction_of(dict(size_average=size_average, reduce=reduce, reduction=reduction))
-    _same_shape("mse_loss", output, target)
+    same_shape("mse_loss", output, target)
     if weight is not None and reduction == "mean":
         raise CurvoptError("mse_loss with weight= and reduction='mean' divides by the weights' sum")
     return SquaredError(output, value, reduction, weight)
@@ -81,11 +81,12 @@ def binary_cross_entropy_with_logits(
 ):  # fmt: skip
     """Binary cross entropy of logits."""
     reduction = reduction_of(dict(size_average=size_average, reduce=reduce, reduction=reduction))
-    _same_shape("binary_cross_entropy_with_logits", output, target)
+    same_shape("binary_cross_entropy_with_logits", output, target)
     return BinaryCrossEntropy(output, value, reduction, target, weight, pos_weight)
 
 
-def _same_shape(name: str, output: Tensor, target: Tensor) -> None:
+def same_shape(name: str, output: Tensor, target: Tensor) -> None:
+    """Refuse a target that broadcasts."""
     if output.shape != target.shape:
         raise CurvoptError(
             f"{name} got an output of shape {list(output.shape)} and a target of shape "
