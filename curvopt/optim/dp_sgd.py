@@ -153,8 +153,7 @@ class PrivateOptimizer(EngineOptimizer):
             sigma = quantile.gradient_noise_multiplier(sigma)
         self._std = sigma and sigma * norm
         groups = [[p for p in group["params"] if p.requires_grad] for group in self.param_groups]
-        for p in (p for params in groups for p in params):
-            p.grad = self._privatize(p, sums.get(p))
+        self._privatize([p for params in groups for p in params], sums)
         self.ledger.log(self._sigma, self.sample_rate, sampler=self.sampler, max_grad_norm=norm)
         self.nonfinite_samples += int((~self.norms.isfinite()).sum())
         if quantile:
@@ -162,12 +161,20 @@ class PrivateOptimizer(EngineOptimizer):
         for group, params in zip(self.param_groups, groups, strict=True):
             self._move(group, params)
 
-    def _privatize(self, p: Tensor, total: Tensor | None) -> Tensor:
-        """``(total + N(0, std^2)) / B``, rounded to the parameter's dtype at the very end."""
-        if total is None:
-            total = torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32))
-        noisy = self._noise(total, self._std).add_(total) if self._std else total
-        return noisy.div_(self.expected_batch_size).to(p.dtype)
+    def _privatize(self, params: list[Tensor], sums: dict[Tensor, Tensor]) -> None:
+        """``p.grad = (sum + N(0, std^2)) / B``, rounded to the parameter's dtype at the end."""
+        size = self.expected_batch_size
+        totals = [sums[p] if p in sums else _zeros(p) for p in params]
+        if not self._std:
+            noisy = [total.div_(size) for total in totals]
+        else:
+            noise = self._noise.draw(totals, self._std / size)
+            noisy = [
+                torch.add(part, total, alpha=1 / size, out=total)
+                for part, total in zip(noise, totals, strict=True)
+            ]
+        for p, grad in zip(params, noisy, strict=True):
+            p.grad = grad.to(p.dtype)
 
     def _check_sizes(self, size: int) -> None:
         last, count = self._equal_sizes
@@ -516,3 +523,8 @@ def _check_norm(norm: float, clipping: str) -> float:
     finite = clipping != "automatic" or norm < math.inf
     require(finite, "max_grad_norm", norm, "automatic clipping needs a finite one")
     return norm
+
+
+def _zeros(p: Tensor) -> Tensor:
+    """The sum for a parameter that took no part."""
+    return torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Size, Tensor
 
 from curvopt.structures.base import Structure, squared_norm
@@ -35,6 +36,11 @@ class Shift(Structure):
 
     def block(self) -> int:
         return max(1, self.samples)  # nothing to form: one block
+
+    def sum(self, weights: Tensor | None = None) -> Tensor:
+        if weights is None:
+            return self.values.sum((0, 1))
+        return torch.tensordot(weights, self.values.sum(0), 1)
 
     def squared_norms(self) -> Tensor:
         return squared_norm(self.values, 2)
