@@ -115,7 +115,8 @@ def backpacks(model: nn.Module, x: Tensor, y: Tensor) -> Runs:
         with backpack(extension):
             loss(model(x), y).backward()
         # Taken off the parameters: left there, it would count as memory of the next call.
-        return {p: vars(p).pop(extension.savefield) for p in model.parameters()}
+        values = {p: vars(p).pop(extension.savefield) for p in model.parameters()}
+        return {p: v.detach() if isinstance(v, Tensor) else v for p, v in values.items()}
 
     kinds = {q.name: harness.find(f"backpack.extensions.{q.name}") for q in QUANTITIES}
     return {name: lambda kind=kind: run(kind) for name, kind in kinds.items() if kind}
@@ -141,9 +142,10 @@ LIBRARIES = {OURS: ours, BACKPACK: backpacks, FUNC: funcs}
 
 def difference(quantity: Quantity, mine: harness.Variant, theirs: harness.Variant, n: int) -> float:
     """The largest relative difference over the parameters, once scaled alike."""
-    pairs = zip(mine().values(), theirs().values(), strict=True)
     scale = n**quantity.power
-    return max(float((a - b.detach() * scale).norm() / (a.norm() + 1e-30)) for a, b in pairs)
+    pairs = [(a, b * scale) for a, b in zip(mine().values(), theirs().values(), strict=True)]
+    floor = 1e-4 * max(a.norm() for a, _ in pairs)  # of a parameter whose numbers are all noise
+    return max(float((a - b).norm() / (a.norm() + floor)) for a, b in pairs)
 
 
 def measure(
