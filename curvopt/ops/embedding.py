@@ -39,35 +39,18 @@ def _plain(applies: Applies) -> Applies:
     return checked
 
 
-def owners(use: UseView) -> Tensor:
-    """The sample of every element of the output's leading axes: ``[N * K]`` or ``[K, N]``."""
-    n, k = use.layout.n, use.layout.k
-    return use.layout.merge(torch.arange(n, device=use.raw.device).unsqueeze(1).expand(n, k))
+def lookup(values: Tensor, indices: Tensor, table: Tensor) -> Lookup:
+    """Structure of a table.
 
-
-def lookup(use: UseView, table: Tensor, indices: Tensor, padding: int | None = None) -> Lookup:
-    """Structure of a table whose rows at the indices are the output."""
-    owner = owners(use)
-    owner = owner.view(*owner.shape, *[1] * (indices.ndim - owner.ndim)).expand(indices.shape)
-    values = use.raw.reshape(len(use.raw), indices.numel(), -1)
-    return flat_lookup(use, table, values, owner.reshape(-1), indices.reshape(-1), padding)
-
-
-def flat_lookup(
-    use: UseView,
-    table: Tensor,
-    values: Tensor,
-    samples: Tensor,
-    indices: Tensor,
-    padding: int | None,
-) -> Lookup:
-    """`Lookup` with negative indices counted from the end, and without those that are padding."""
-    size = len(table)
-    indices = indices.long().remainder(size) if size else indices.long()
-    if padding is not None:
-        kept = indices != padding % size
-        values, samples, indices = values[:, kept], samples[kept], indices[kept]
-    return Lookup(values, samples, indices, use.layout.n, table.shape)
+    Args:
+        values: cotangents of the table rows that were looked up, ``[V, N, K, *lookups, *rest]``.
+        indices: of the table rows, ``[N, K, *lookups]``; negative ones count from the end.
+        table: the table, ``[R, *rest]``.
+    """
+    v, n, width = len(values), len(indices), table.shape[1:].numel()
+    count = indices.shape[1:].numel()
+    indices = indices.long().remainder(max(1, len(table)))
+    return Lookup(values.reshape(v, n, count, width), indices.reshape(n, count), table.shape)
 
 
 @rule(F.embedding, parameters="weight", applies=_plain(looks_up_samples))
@@ -77,7 +60,10 @@ def embedding(
     sparse: bool = False,
 ):  # fmt: skip
     """``weight[input]``; lookups of ``padding_idx`` have no gradient."""
-    return {"weight": lookup(use, weight, input, padding_idx)}
+    values, indices = use.cotangent, use.rows(input)
+    if padding_idx is not None:
+        values = values * (indices != padding_idx % len(weight)).unsqueeze(-1)
+    return {"weight": lookup(values, indices, weight)}
 
 
 @rule(F.embedding_bag, parameters="weight", applies=_plain(has_data))
@@ -90,22 +76,30 @@ def embedding_bag(
     """Weighted sum or mean of the rows of every bag; a bag is a sample."""
     if mode == "max":
         raise Uncovered("embedding_bag with mode='max'")
-    bags = use.raw.shape[1]
-    indices = input.reshape(-1)
-    if offsets is None:
-        bag = torch.arange(bags, device=input.device).repeat_interleave(input.shape[1])
-    else:
-        starts = offsets[:bags]
-        positions = torch.arange(len(indices), device=input.device)
-        bag = torch.searchsorted(starts.long(), positions, right=True) - 1
-    values = use.raw[:, bag]
+    factors = torch.ones_like(input, dtype=use.dtype)
     if per_sample_weights is not None:
-        values = values * per_sample_weights.reshape(-1, 1)
+        factors = per_sample_weights.to(use.dtype)
+    if offsets is not None:
+        input, factors = _in_rows(input, factors, offsets[: use.raw.shape[1]])
+    if padding_idx is not None:
+        factors = factors * (input != padding_idx % len(weight))
     if mode == "mean":
-        counted = torch.ones_like(bag) if padding_idx is None else (indices != padding_idx).long()
-        sizes = bag.new_zeros(bags).index_add(0, bag, counted)
-        values = values / sizes[bag].clamp(min=1).unsqueeze(-1)
-    return {"weight": flat_lookup(use, weight, values, owners(use)[bag], indices, padding_idx)}
+        factors = factors / factors.sum(1, keepdim=True).clamp(min=1)
+    values = use.cotangent.unsqueeze(-2) * use.rows(factors).unsqueeze(-1)
+    return {"weight": lookup(values, use.rows(input), weight)}
+
+
+def _in_rows(indices: Tensor, factors: Tensor, starts: Tensor) -> tuple[Tensor, Tensor]:
+    """Bags one after the other as rows of a matrix, filled up with lookups of factor zero."""
+    positions = torch.arange(len(indices), device=indices.device)
+    bags = torch.searchsorted(starts.long(), positions, right=True) - 1
+    places = positions - starts[bags]
+    shape = len(starts), int(places.max()) + 1 if len(places) else 0
+    where = (bags, places)
+    return (
+        indices.new_zeros(shape).index_put(where, indices),
+        factors.new_zeros(shape).index_put(where, factors),
+    )
 
 
 @rule(
@@ -115,7 +109,7 @@ def embedding_bag(
 )
 def getitem(use: UseView, input: Tensor, index: Tensor):
     """``input[index]`` with one tensor of indices."""
-    return {"input": lookup(use, input, index)}
+    return {"input": lookup(use.cotangent, use.rows(index), input)}
 
 
 def _selects_rows(tape: Tape, arguments: Arguments, all_shared: bool) -> bool:
@@ -127,4 +121,4 @@ def _selects_rows(tape: Tape, arguments: Arguments, all_shared: bool) -> bool:
 @rule(torch.index_select, Tensor.index_select, parameters="input", applies=_selects_rows)
 def index_select(use: UseView, input: Tensor, dim: int, index: Tensor):
     """``input[index]``."""
-    return {"input": lookup(use, input, index)}
+    return {"input": lookup(use.cotangent, use.rows(index), input)}

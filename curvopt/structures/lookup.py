@@ -5,16 +5,18 @@ from __future__ import annotations
 from functools import cached_property
 from typing import NamedTuple
 
+import torch
 from torch import Size, Tensor
 
 from curvopt.structures.base import Structure
+from curvopt.structures.kronecker import Factors
 
 
 class Touched(NamedTuple):
-    """What each sample does to each table row that it touched.
+    """What the samples do to the table rows that they touched: U pairs of sample and row.
 
     Attributes:
-        values: ``[V, U, D]``, one per pair of a sample and a table row.
+        values: ``[V, U, D]``.
         samples: ``[U]``.
         indices: ``[U]``.
     """
@@ -25,62 +27,90 @@ class Touched(NamedTuple):
 
 
 class Lookup(Structure):
-    """Rows ``sum_m e_index[m] (x) values[v, m]`` over the lookups m of a sample.
+    """Rows ``sum_m e_index[n, m] (x) values[v, n, m]`` over the M lookups of a sample.
 
-    Nothing of the table's size is made, but by `form` and where the result has it.
+    Nothing of the table's size is made for a sample, except where the result has it.
 
     Args:
-        values: cotangents of the looked up rows, ``[V, M, D]``.
-        samples: the sample of each lookup, ``[M]``.
-        indices: the table row of each lookup, ``[M]``.
-        count: number of samples N.
+        values: cotangents of the looked up table rows, ``[V, N, M, D]``.
+        indices: which table rows, ``[N, M]``; a lookup that does not count has value zero.
         shape: the table's shape, ``[R, *rest]`` with D elements in ``rest``.
     """
 
-    def __init__(self, values: Tensor, samples: Tensor, indices: Tensor, count: int, shape: Size):
-        self.values, self.lookup_samples, self.indices = values, samples, indices
-        self.columns, self.samples, self.shape = len(values), count, shape
+    def __init__(self, values: Tensor, indices: Tensor, shape: Size):
+        self.values, self.indices, self.shape = values, indices, shape
+        self.columns, self.samples = values.shape[:2]
+
+    def keys(self, start: int, stop: int) -> Tensor:
+        """Numbers of the pairs of sample and table row, ``[(stop - start) * M]``."""
+        samples = torch.arange(stop - start, device=self.indices.device).unsqueeze(1)
+        return (samples * self.shape[0] + self.indices[start:stop]).flatten()
 
     @cached_property
     def touched(self) -> Touched:
         """The lookups, those of one table row by one sample summed."""
-        size = self.shape[0]
-        keys, inverse = (self.lookup_samples * size + self.indices).unique(return_inverse=True)
-        values = scatter(self.values, inverse, len(keys), 1)
-        samples = keys.div(size, rounding_mode="floor")
-        return Touched(values, samples, keys - samples * size)
+        keys, inverse = self.keys(0, self.samples).unique(return_inverse=True)
+        values = scatter(self.values.flatten(1, 2), inverse, len(keys), 1)
+        samples = keys.div(self.shape[0], rounding_mode="floor")
+        return Touched(values, samples, keys - samples * self.shape[0])
 
     def rows(self, start: int, stop: int) -> Tensor:
-        chosen = (self.lookup_samples >= start) & (self.lookup_samples < stop)
-        keys = (self.lookup_samples[chosen] - start) * self.shape[0] + self.indices[chosen]
-        rows = scatter(self.values[:, chosen], keys, (stop - start) * self.shape[0], 1)
+        values, keys = self.values[:, start:stop].flatten(1, 2), self.keys(start, stop)
+        rows = scatter(values, keys, (stop - start) * self.shape[0], 1)
         return rows.reshape(self.columns, stop - start, *self.shape)
 
     def sum(self, weights: Tensor | None = None) -> Tensor:
         values = self.values.sum(0) if self.columns > 1 else self.values[0]
         if weights is not None:
-            values = values * weights[self.lookup_samples].unsqueeze(-1)
-        return scatter(values, self.indices, self.shape[0]).reshape(self.shape)
+            values = values * weights.view(-1, 1, 1)
+        return self.scatter(values)
+
+    def scatter(self, values: Tensor) -> Tensor:
+        """Add up values ``[N, M, D]`` of the lookups, by table row: ``[*shape]``."""
+        return scatter(values.flatten(0, 1), self.indices.flatten(), self.shape[0]).view(self.shape)
 
     def sum_of_squares(self) -> Tensor:
         values, _, indices = self.touched
-        return scatter(values.square().sum(0), indices, self.shape[0]).reshape(self.shape)
+        return scatter(values.square().sum(0), indices, self.shape[0]).view(self.shape)
 
     def batch_sum_of_squares(self) -> Tensor:
         values, samples, indices = self.touched
         keys = samples * self.shape[0] + indices
         squares = scatter(values.square().sum(0), keys, self.samples * self.shape[0])
-        return squares.reshape(self.samples, *self.shape)
+        return squares.view(self.samples, *self.shape)
 
     def squared_norms(self) -> Tensor:
-        return scatter(self.touched.values.square().sum(-1), self.touched.samples, self.samples, 1)
+        values, samples, _ = self.touched
+        return scatter(values.square().sum(-1), samples, self.samples, 1)
 
     def dots(self, direction: Tensor) -> Tensor:
-        looked_up = direction.flatten(1)[self.indices]
-        return scatter((self.values * looked_up).sum(-1), self.lookup_samples, self.samples, 1)
+        looked_up = direction.reshape(self.shape[0], -1)[self.indices]
+        return (self.values * looked_up).sum((-2, -1))
+
+    def weighted(self, weights: Tensor) -> Tensor:
+        values = (self.values * weights[:, self.lookup_samples].unsqueeze(-1)).sum(0)
+        return scatter(values, self.indices, self.shape[0]).reshape(self.shape)
+
+    def kronecker(self, *, reduce: bool = False, bias: bool = False) -> Factors:
+        """As in `Outer.kronecker`: the inputs are one-hot, so that their factor is a diagonal."""
+        count = max(1, self.samples)
+        tokens = self.values.new_ones(len(self.indices))
+        inputs = scatter(tokens, self.indices, self.shape[0]) / count
+        values = self.values.flatten(0, 1)
+        if reduce:
+            values = scatter(self.values, self.lookup_samples, self.samples, 1).flatten(0, 1)
+            inputs = inputs / max(1, len(self.indices) / count)
+        outputs = values.mT @ values / (1 if reduce else max(1, len(self.indices) / count))
+        return Factors((inputs, outputs), outputs=1)
 
 
 def scatter(values: Tensor, indices: Tensor, size: int, axis: int = 0) -> Tensor:
     """Add up the values whose index along an axis is the same."""
     shape = (*values.shape[:axis], size, *values.shape[axis + 1 :])
     return values.new_zeros(shape).index_add(axis, indices, values)
+
+
+def concatenate(parts: list[Lookup]) -> Lookup:
+    """One structure for several lookups in one table, one after the other."""
+    values = torch.cat([part.values for part in parts], 2)
+    return Lookup(values, torch.cat([part.indices for part in parts], 1), parts[0].shape)

@@ -84,6 +84,7 @@ ROWS = {
     "add-tokens": Model((3, 4), function(lambda x, b: x + b, b=(3, 1))),
     "add-table": Model((3, 4), function(lambda x, b: x + b[:3], b=(5, 4))),
     "add-time-first": Model((5, 4), function(lambda x, b: first(first(x) + b), b=(5, 1, 4))),
+    "add-time-first-even": Model((2, 4), function(lambda x, b: first(first(x) + b), b=4)),
     "add-flattened": Model((5, 4), function(lambda x, b: (x.flatten(0, 1) + b).view_as(x), b=4)),
     "sub": Model((4,), function(lambda x, b: x - b, b=4)),
     "sub-reflected": Model((4,), function(lambda x, b: b - x, b=4)),

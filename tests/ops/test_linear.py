@@ -32,8 +32,6 @@ ROWS = {
         (3, 4),
         function(lambda x, w: torch.bmm(x.transpose(0, 1), w).transpose(0, 1), w=(3, 4, 2)),
     ),
-        (3, 4), function(lambda x, w: torch.bmm(x.transpose(0, 1), w).transpose(0, 1), w=(3, 4, 2))
-    ),
     "rmatmul": Model((3, 4), function(lambda x, w: w.__rmatmul__(x), w=(4, 2))),
     "einsum": Model((4,), einsum("nd,de->ne", 4, 3)),
     "einsum-transposed": Model((3, 4), einsum("ntd,ed->nte", 3, 4)),

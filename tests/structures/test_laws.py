@@ -63,12 +63,13 @@ def scale(v, rest, aligned, shape, factor):
     return Scale(cotangent, factor, torch.Size(shape), aligned), rows
 
 
-def lookup(v, shape, samples, indices):
-    values = normal(v, len(indices), max(1, torch.Size(shape[1:]).numel()))
-    samples, indices = torch.tensor(samples), torch.tensor(indices)
-    one_hots = F.one_hot(samples, N).double(), F.one_hot(indices, shape[0]).double()
-    rows = torch.einsum("vmd,mn,mr->vnrd", values, *one_hots).reshape(v, N, *shape)
-    return Lookup(values, samples, indices, N, torch.Size(shape)), rows
+def lookup(v, shape, *indices):
+    """A table of this shape, and the indices of every sample's lookups."""
+    indices = torch.tensor(indices)
+    values = normal(v, *indices.shape, torch.Size(shape[1:]).numel())
+    one_hot = F.one_hot(indices, shape[0]).double()
+    rows = torch.einsum("vnmd,nmr->vnrd", values, one_hot).reshape(v, N, *shape)
+    return Lookup(values, indices, torch.Size(shape)), rows
 
 
 def folded(v):
@@ -167,11 +168,10 @@ STRUCTURES = {
     "scale": lambda: scale(1, (1, 4), (1, 4), (4,), (N, 1, 4)),
     "scale-tokens": lambda: scale(2, (5, 4), (1, 4), (4,), (N, 5, 4)),
     "scale-broadcast-factor": lambda: scale(2, (5, 2, 3), (1, 2, 1), (2,), (N, 1, 1, 3)),
-    "lookup": lambda: lookup(1, (5, 2), [0, 1, 2], [3, 0, 3]),
-    "lookup-again": lambda: lookup(2, (4, 2), [0, 0, 0, 1, 1, 2], [1, 1, 2, 0, 0, 1]),
-    "lookup-sample-without": lambda: lookup(2, (4, 2), [2, 0, 2, 0], [1, 3, 1, 3]),
-    "lookup-axes": lambda: lookup(2, (4, 2, 3), [0, 1, 2, 2], [1, 3, 1, 3]),
-    "lookup-numbers": lambda: lookup(1, (4,), [0, 1, 2, 2], [1, 3, 1, 3]),
+    "lookup": lambda: lookup(1, (5, 2), [3], [0], [3]),
+    "lookup-again": lambda: lookup(2, (4, 2), [1, 1, 2], [0, 0, 1], [3, 3, 3]),
+    "lookup-axes": lambda: lookup(2, (4, 2, 3), [1, 3], [1, 0], [2, 2]),
+    "lookup-numbers": lambda: lookup(1, (4,), [1, 3], [0, 0], [2, 1]),
     "folded": lambda: folded(1),
     "folded-columns": lambda: folded(3),
     "own": lambda: own("batch", 2),
