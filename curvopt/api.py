@@ -126,6 +126,7 @@ def compute(
         loss, *quantities, output=output, reduction=reduction, max_columns=max_columns
     )
     if calls:
+        Computation(tape, loss).backward_to_others()
         for p, grad in result.grad.items():
             p.grad = grad.clone() if p.grad is None else p.grad + grad
     return result

@@ -36,6 +36,8 @@ def pull_back(
     Returns:
         ``[V, *input.shape]`` per input, None where no path leads there.
     """
+    if not inputs:
+        return []
     columns = len(cotangents[0])
     options = {"allow_unused": True, "create_graph": create_graph}
     if batched and columns > 1:

@@ -13,6 +13,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from curvopt.engine.backward import BATCH_BELOW, pull_back
 from curvopt.engine.hessian import Hessian
+from curvopt.engine.registry import FunctionRule
 from curvopt.engine.samples import Layout, layouts, sample_counts
 from curvopt.engine.tape import Tape, Use
 from curvopt.engine.terms import closure_terms, loss_terms, upstream, walk
@@ -22,6 +23,9 @@ from curvopt.losses.base import per_sample
 from curvopt.quantities.base import Context, Cotangent, Pass, Quantity
 from curvopt.quantities.first_order import Gradient
 from curvopt.structures import Dense, Pulled, Structure, total
+
+# Powers of two that tell samples apart: from 1 up, so that half precision keeps small numbers.
+_POWERS = 13
 
 # Bytes of cotangents that one chunk of columns may hold at the uses.
 CHUNK_BYTES = 1 << 26
@@ -152,7 +156,8 @@ class Computation:
             for index, (one, asked) in enumerate(passes.items()):
                 last = free and index == len(passes) - 1
                 for quantity, result in self._run_pass(one, asked, last).items():
-                    values[quantity.field] = Values(quantity.field, result)
+                    whole = not isinstance(result, dict)
+                    values[quantity.field] = result if whole else Values(quantity.field, result)
         return values
 
     def gradient(self, *, free: bool = False) -> dict[Tensor, Tensor]:
@@ -162,11 +167,16 @@ class Computation:
             grads = torch.autograd.grad(self.loss, params, allow_unused=True, create_graph=True)
             return {p: g for p, g in zip(params, grads, strict=True) if g is not None}
         one = self.loss.new_ones(1, *self.loss.shape)
-        uses, cotangents, direct = self._pull([self.loss], [one], free)
+        custom = {u for u in self.record.uses if isinstance(u.rule, FunctionRule)}
+        uses, cotangents, direct = self._pull([self.loss], [one], free and not custom)
         self.reached = uses
         result = {p: grad[0] for p, grad in direct.items()}
-        # A sum over the samples does not need to know them: the batch counts as one sample.
-        whole = {use: Layout("batch", 1, use.shape[0]) if use.shape else None for use in uses}
+        # A sum over the samples does not need to know them: the batch counts as one sample. Custom
+        # rules know batches only; there autograd has the sum.
+        whole = {
+            use: Layout("batch", 1, use.shape[0]) if use.shape and use not in custom else None
+            for use in uses
+        }
         with torch.no_grad():
             parts, uncovered = self._structures(uses, cotangents, whole)
             for use in uncovered:
@@ -178,6 +188,15 @@ class Computation:
                     grad = structure.sum().to(p.dtype)
                     result[p] = result[p] + grad if p in result else grad
         return result
+
+    def backward_to_others(self) -> None:
+        """Give the leaves that are not tracked (inputs, other parameters) their gradient."""
+        known = {id(leaf) for leaf in (*self.record.leaves, *self.tape.params)}
+        others = [leaf for leaf in walk(self.loss.grad_fn, ())[1] if id(leaf) not in known]
+        if others:
+            grads = torch.autograd.grad(self.loss, others, retain_graph=True)
+            for leaf, grad in zip(others, grads, strict=True):
+                leaf.grad = grad if leaf.grad is None else leaf.grad + grad
 
     # -- the sample axis --------------------------------------------------------------------------
 
@@ -207,6 +226,8 @@ class Computation:
         known = _known_layouts.setdefault(self.tape.params[0], {})
         key = (self.record.signature, len(uses), self.tape.batch_size, len(self.tape.params))
         if key not in known:
+            if len(known) > 1000:  # shapes that never repeat
+                known.clear()
             n, terms, of_uses = self._find_layouts()
             known[key] = n, terms, [of_uses[use] for use in uses]
         n, terms, in_order = known[key]
@@ -214,30 +235,27 @@ class Computation:
 
     def _find_layouts(self) -> tuple[int, list[Layout], dict[Use, Layout | None]]:
         outputs = [term.output for term in self.terms]
-        shapes = [use.shape for use in self.record.uses]
-        given = self.tape.batch_size
-        counts = (
-            [given]
-            if given is not None
-            else sample_counts(shapes[0] if shapes else outputs[0].shape, outputs[0].shape)
-        )
+        given, rows = self.tape.batch_size, list(outputs[0].shape)
+        uses = self.record.uses
+        first = list(uses[0].shape) if uses else rows
+        counts = sample_counts(tuple(first), tuple(rows)) if given is None else [given]
         mixing = None
         for n in counts:
             # All terms share one kind of layout: trying every combination would find chance hits.
-            per_term = [list(layouts(output.shape, n)) for output in outputs]
-            for choice in range(max(map(len, per_term), default=0)):
-                if not all(per_term):
-                    break
+            per_term = [list(self._readable(term, n, first)) for term in self.terms]
+            if not all(per_term):
+                continue
+            for choice in range(max(map(len, per_term))):
                 chosen = [options[min(choice, len(options) - 1)] for options in per_term]
                 found, mixing_here = self._separable(n, outputs, chosen)
                 if found is not None:
                     return n, chosen, found
                 mixing = mixing or mixing_here
         if mixing is None:
+            given_text = "" if given is None else f"batch_size={given} does not fit: "
             raise CurvoptError(
-                f"the number of samples cannot be read from the first op's output "
-                f"{list(shapes[0]) if shapes else None} and the loss's input "
-                f"{list(outputs[0].shape)}: give batch_size="
+                f"{given_text}the number of samples cannot be read from the first op's output "
+                f"{first} and the loss's input {rows}: give the right batch_size="
             )
         raise CurvoptError(
             f"samples are not separate: the loss of one sample depends on others at {mixing}. "
@@ -245,26 +263,39 @@ class Computation:
             "over the batch). If the samples are not on the first axis, give batch_size="
         )
 
+    def _readable(self, term: Loss, n: int, first: list[int]) -> Iterator[Layout]:
+        """Layouts of a loss's input; rows flattened time first are taken only where it shows.
+
+        (A batch that the model handles in parts looks the same.)
+        """
+        time_first = first[1:2] == [n] and len(first) > 2 and first[0] * n == term.output.shape[0]
+        for layout in term.layouts(n):
+            if layout.kind != "time-flat" or time_first or self.tape.batch_size is not None:
+                yield layout
+
     def _separable(
         self, n: int, outputs: list[Tensor], chosen: list[Layout]
     ) -> tuple[dict[Use, Layout | None] | None, str]:
         """Find each use's sample axis, given that of the outputs.
 
-        A cotangent is sent back from a random half of the samples; at every use the rows of the
-        other samples must get none of it. This proves the axis, and that samples do not mix.
+        If samples do not mix, multiplying the cotangent of sample n by a_n multiplies row n at
+        every use by a_n. With two draws of distinct powers of two (exact in floating point), a
+        wrong axis, or a single pair of samples that mix, breaks this.
         """
         candidates = {use: list(layouts(use.shape, n)) for use in self.record.uses}
         if n < 2:
-            return {use: options[0] if options else None for use, options in candidates.items()}, ""
+            return self._one_sample(outputs, candidates)
         generator = torch.Generator().manual_seed(0)
-        chosen_half = torch.randperm(n, generator=generator) < n // 2
-        cotangents = []
-        for output, layout in zip(outputs, chosen, strict=True):
-            noise = torch.rand(output.shape, generator=generator).add_(0.5)
-            half = chosen_half.to(noise.dtype)
-            cotangents.append(per_sample(noise, half, layout).to(output).unsqueeze(0))
+        factors = [torch.ones(n)] + [
+            torch.randperm(n, generator=generator).mul(_POWERS).div(n).floor().exp2()
+            for _ in range(2)
+        ]
+        noise = [torch.rand(output.shape, generator=generator).add_(0.5) for output in outputs]
+        cotangents = [
+            torch.stack([per_sample(base, factor, layout) for factor in factors]).to(output)
+            for base, output, layout in zip(noise, outputs, chosen, strict=True)
+        ]
         grads = pull_back(outputs, cotangents, [use.edge for use in candidates], batched=False)
-        others = (~chosen_half).nonzero().squeeze(1)
         result: dict[Use, Layout | None] = {}
         for (use, options), grad in zip(candidates.items(), grads, strict=True):
             if grad is None or not options:
@@ -274,6 +305,22 @@ class Computation:
             if result[use] is None and not use.rule.tentative:
                 return None, f"{use.op} (output {list(use.shape)}, {n} samples)"
         return result, ""
+
+    def _one_sample(
+        self, outputs: list[Tensor], candidates: dict[Use, list[Layout]]
+    ) -> tuple[dict[Use, Layout | None] | None, str]:
+        """A batch of one cannot mix, but many rows of a loss must all be that sample's."""
+        found = {use: options[0] if options else None for use, options in candidates.items()}
+        rows = outputs[0].shape[0]
+        if self.tape.batch_size is None and rows > 1 and candidates:
+            first = next(iter(candidates))
+            half = torch.zeros(2, rows, *[1] * (outputs[0].ndim - 1))
+            half[0, ::2], half[1, 1::2] = 1, 1
+            cotangent = half.to(outputs[0]).expand(2, *outputs[0].shape)
+            (grad,) = pull_back(outputs[:1], [cotangent], [first.edge], batched=False)
+            if grad is None or not all(part.any() for part in grad):
+                return None, f"{first.op} (output {list(first.shape)}, {rows} rows of the loss)"
+        return found, ""
 
     # -- cotangents -------------------------------------------------------------------------------
 
@@ -319,6 +366,9 @@ class Computation:
                 self.terms, self.upstream, inverse, self.term_layouts, strict=True
             )
         ]
+        if not self.samples:
+            yield [term.output.new_zeros(1, *term.output.shape) for term in self.terms]
+            return
         limit = self._chunk()
         for index, (term, scale, layout) in enumerate(
             zip(self.terms, scales, self.term_layouts, strict=True)
@@ -374,10 +424,10 @@ class Computation:
                 part = quantity.reduce_all(structures, context)
                 if quantity in results:
                     before = results[quantity]
-                    part = {p: quantity.combine(before[p], part[p]) for p in part}
+                    part = quantity.combine_all(before, part)
                 results[quantity] = part
             if following is None:
-                return results
+                return {quantity: quantity.finish(part) for quantity, part in results.items()}
             cotangents = following
 
     def _scaling(
@@ -561,6 +611,19 @@ def check_loss(loss: Any, *, finite: bool = True) -> None:
             f"the loss is {loss.item()}, not finite; nothing was changed. Lower the learning "
             "rate, or look for inputs that are not finite"
         )
+
+
+def _scales(grad: Tensor, factors: list[Tensor], layout: Layout) -> bool:
+    """Whether the rows of each sample scale with its factor (the first factors are ones)."""
+    rows = layout.split(grad, 1).transpose(0, 1)  # [N, factors, K, ...]
+    for index, factor in enumerate(factors[1:], 1):
+        expected = per_sample(rows[:, 0], factor.to(rows), Layout("batch", layout.n, 1))
+        error, size = (rows[:, index] - expected).abs(), expected.abs()
+        # A product of zero and infinity is no sign of mixing.
+        error = torch.where(error.isnan(), 0, error)
+        if (error.flatten(1).amax(1) > 1e-2 * size.flatten(1).amax(1).nan_to_num(0)).any():
+            return False
+    return True
 
 
 def _inverse(share: float | Tensor) -> float | Tensor:

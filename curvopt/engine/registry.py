@@ -8,10 +8,10 @@ computation in recorded ops. Losses register themselves in `curvopt.losses`.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from curvopt.engine.evidence import has_data
 from curvopt.errors import CurvoptError
@@ -92,19 +92,20 @@ class FunctionRule(Rule):
         return True
 
     def structures(self, use: UseView, arguments: dict[Any, Any]) -> dict[Any, Structure]:
-        values = {key: use.data(value) for key, value in arguments.items()}
+        values = {k: v if k in use.parameters else use.data(v) for k, v in arguments.items()}
         args = [value for key, value in values.items() if isinstance(key, int)]
         kwargs = {key: value for key, value in values.items() if isinstance(key, str)}
-        return checked(self.function(use.flat, *args, **kwargs), use)
+        return checked(self.function(use.flat, *args, **kwargs), use, arguments)
 
 
 class ModuleRule(FunctionRule):
-    """A user's rule for a module class."""
+    """A user's rule for a module class; its arguments are module, inputs, output, parameters."""
 
     def structures(self, use: UseView, arguments: dict[Any, Any]) -> dict[Any, Structure]:
-        inputs = tuple(use.data(value) for value in arguments["inputs"])
-        output = use.data(arguments["output"])
-        return checked(self.function(arguments["module"], inputs, output, use.flat), use)
+        module, inputs, output = arguments[0], arguments[1], arguments[2]
+        inputs = tuple(map(use.data, inputs))
+        answer = self.function(module, inputs, use.data(output), use.flat)
+        return checked(answer, use, dict(module.named_parameters()))
 
 
 RULES: dict[Function, Rule] = {}
@@ -150,8 +151,9 @@ def register_rule(target: Any) -> Callable[[Function], Function]:
     autograd's own, the rule only says what the op's parameters get from a cotangent.
 
     * For a ``torch.nn.Module`` class the rule is ``rule(module, inputs, output, cotangent)``; the
-      module is opaque, whatever happens inside. ``inputs`` and ``output`` have the samples first,
-      ``[N, ...]``, and ``cotangent`` is ``[V, N, ...]`` with V cotangent columns. It returns a
+      module is opaque, whatever happens inside. ``inputs`` (the positional ones) and ``output``
+      have the samples first, ``[N, ...]`` (N times K where the model flattened K rows per sample
+      into that axis), and ``cotangent`` is ``[V, N, ...]`` with V cotangent columns. It returns a
       dict from the module's parameter names to the rows ``[V, N, *parameter.shape]``, or to a
       `curvopt.structures.Structure` that knows them without forming them.
     * For a torch function the rule is ``rule(cotangent, *args, **kwargs)`` with the function's own
@@ -181,7 +183,7 @@ def register_rule(target: Any) -> Callable[[Function], Function]:
     def decorate(function: Function) -> Function:
         if isinstance(target, type) and issubclass(target, nn.Module):
             MODULE_RULES[target] = ModuleRule(function)
-        elif callable(target):
+        elif callable(target) and not isinstance(target, nn.Module):
             RULES[target] = FunctionRule(function)
         else:
             raise TypeError(f"a rule is for a module class or a torch function, not {target!r}")
@@ -190,20 +192,34 @@ def register_rule(target: Any) -> Callable[[Function], Function]:
     return decorate
 
 
-def checked(answer: dict[Any, Tensor | Structure], use: UseView) -> dict[Any, Structure]:
-    """A custom rule's answer, checked, as structures."""
+def checked(answer: Any, use: UseView, names: Container[Any]) -> dict[Any, Structure]:
+    """A custom rule's answer, checked, as structures.
+
+    Args:
+        answer: rows or structures by parameter name, as the rule returned them.
+        use: the use.
+        names: what may be named.
+    """
+    if not isinstance(answer, Mapping):
+        raise CurvoptError(
+            f"the rule of {use.op} returned {type(answer).__name__}, not a dict by parameter name"
+        )
     result: dict[Any, Structure] = {}
     for key, value in answer.items():
-        parameter = use.parameters.get(key)
-        if parameter is None:
-            continue
-        expected = (*use.flat.shape[:2], *parameter.shape)
-        if isinstance(value, Tensor):
-            if tuple(value.shape) != expected:
-                raise CurvoptError(
-                    f"the rule of {use.op} returned shape {tuple(value.shape)} for {key!r}; "
-                    f"its rows are [V, N, *parameter.shape] = {list(expected)}"
-                )
-            value = Dense(value)
-        result[key] = value
+        if key not in names:
+            raise CurvoptError(f"the rule of {use.op} returned {key!r}, which is none of its names")
+        if key not in use.parameters:
+            continue  # frozen
+        expected = (*use.flat.shape[:2], *use.parameters[key].shape)
+        known = isinstance(value, Structure)
+        found = (value.columns, value.samples, *value.shape) if known else tuple(value.shape)
+        if found != expected:
+            raise CurvoptError(
+                f"the rule of {use.op} returned shape {found} for {key!r}; "
+                f"its rows are [V, N, *parameter.shape] = {list(expected)}"
+            )
+        if expected[1] != use.layout.n:  # K rows per sample
+            rows = value.form() if known else value
+            value, known = use.layout.split(rows, 1).sum(2), False
+        result[key] = value if known else Dense(value)
     return result

@@ -49,7 +49,10 @@ class Layout:
 
 def layouts(shape: tuple[int, ...], n: int) -> Iterator[Layout]:
     """Yield the ways in which a tensor of this shape can hold ``n`` samples, likeliest first."""
-    if not shape:
+    if not shape or n < 0:
+        return
+    if n == 1:
+        yield Layout("batch", 1, shape[0])
         return
     if shape[0] == n:
         yield Layout("batch", n, 1)
@@ -63,14 +66,23 @@ def layouts(shape: tuple[int, ...], n: int) -> Iterator[Layout]:
 def sample_counts(first_use: tuple[int, ...], rows: tuple[int, ...]) -> list[int]:
     """Numbers of samples that agree with the first recorded use and the loss, likeliest first.
 
+    Equal leading sizes settle it. Otherwise the loss may have several rows per sample (a language
+    model's flattened tokens), the op several (patches), or the model may work time first.
+
     Args:
         first_use: shape of the first recorded op's output.
         rows: shape of the loss's first argument.
     """
+    if not first_use or not rows:
+        return []
+    first, loss_rows = first_use[0], rows[0]
+    if first == loss_rows:
+        return [first]
     counts = []
-    for n in (*first_use[:1], *rows[:1], *first_use[1:2]):
-        agrees = any(True for _ in layouts(first_use, n)) and any(True for _ in layouts(rows, n))
-        if agrees and n not in counts:
-            counts.append(n)
-    # A model may work sequence first inside; a loss hardly ever has its samples on axis 1.
-    return sorted(counts, key=lambda n: next(layouts(rows, n)).kind == "time")
+    if first and loss_rows % first == 0:
+        counts.append(first)
+    if next(layouts(first_use, loss_rows), None) is not None:
+        counts.append(loss_rows)
+    if len(first_use) > 2 and first_use[1] and loss_rows % first_use[1] == 0:
+        counts.append(first_use[1])
+    return list(dict.fromkeys(counts))

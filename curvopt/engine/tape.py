@@ -121,19 +121,14 @@ class UseView:
 
     @property
     def flat(self) -> Tensor:
-        """The cotangent for a custom rule: ``[V, N, *rest]``, K kept only if it is not 1."""
-        return self.cotangent.squeeze(2) if self.layout.k == 1 else self.cotangent
+        """The cotangent for a custom rule, samples first: ``[V, N (or N * K), ...]``."""
+        return self.cotangent if self.layout.kind == "time" else self.raw
 
     def data(self, value: Any) -> Any:
         """Data for a custom rule: samples first where the tensor has them, else unchanged."""
-        if not isinstance(value, Tensor) or not value.ndim:
+        if self.layout.kind != "time" or not isinstance(value, Tensor) or value.ndim < 2:
             return value
-        size = self.layout.n * (1 if self.layout.kind == "time" else self.layout.k)
-        axis = 1 if self.layout.kind == "time" else 0
-        if value.ndim <= axis or value.shape[axis] != size:
-            return value
-        rows = self.layout.split(value)
-        return rows.squeeze(1) if self.layout.k == 1 else rows
+        return value.transpose(0, 1) if value.shape[1] == self.layout.n else value
 
     def aligned(self, shape: torch.Size) -> tuple[int, ...]:
         """A broadcast shape as it stands in ``[K, *rest]``."""
@@ -153,6 +148,7 @@ class Record:
         losses: loss calls, and means and sums to a scalar, in order.
         unruled: by parameter id, the name of an op that no rule covers.
         divisions: graph nodes of scalars divided by a tensor.
+        across: graph nodes of means and sums over a first axis.
         leaves: stand-ins of the parameters; a gradient on one is a backward that went unseen.
         attached: graph nodes where parameters were attached, under ``create_graph``.
         signature: hash of the sequence of functions and shapes.
@@ -163,6 +159,7 @@ class Record:
     losses: list[Loss] = field(default_factory=list)
     unruled: dict[int, str] = field(default_factory=dict)
     divisions: set[Any] = field(default_factory=set)
+    across: set[Any] = field(default_factory=set)
     leaves: list[Tensor] = field(default_factory=list)
     attached: set[Any] = field(default_factory=set)
     signature: int = 0
@@ -192,8 +189,8 @@ class Tape(TorchFunctionMode):
         self.params = [p for p in self.names if p.requires_grad]
         if not self.params:
             raise CurvoptError("no parameter requires a gradient, so there is nothing to compute")
-        if batch_size is not None and batch_size < 0:
-            raise CurvoptError(f"Invalid batch_size: {batch_size}")
+        if batch_size is not None and (not isinstance(batch_size, int) or batch_size < 0):
+            raise CurvoptError(f"Invalid batch_size: {batch_size} (a number of samples)")
         self.batch_size, self.create_graph, self.on_backward = batch_size, create_graph, on_backward
         self.by_id = {id(p): p for p in self.params}
         self.handles: list[Any] = []
@@ -278,6 +275,8 @@ class Tape(TorchFunctionMode):
                 inner = self._classify(value, None)
                 tracked, tensors = tracked or inner[0], tensors or inner[2]
                 all_shared = all_shared and inner[1]
+            elif isinstance(value, (int, str)):
+                self.record.signature = hash((self.record.signature, value))
         return tracked, all_shared, tensors
 
     def _is_param(self, tensor: Tensor) -> bool:
@@ -307,13 +306,13 @@ class Tape(TorchFunctionMode):
             arguments = rule.bind(args, kwargs)
             if self._covers(rule, arguments, all_shared):
                 return self._use(func, rule, arguments, args, kwargs)
+        derives = all_shared or self._carries_no_samples(args, kwargs)
+        if not derives:
+            args, kwargs = self._by_sample(func, args, kwargs)
         entries = [e for e in self._entries(args, kwargs) if e.roots]
         roots = frozenset().union(*(entry.roots for entry in entries))
         output = func(*args, **kwargs)
         if derives:
-        derives = all_shared or self._carries_no_samples(args, kwargs)
-        if not derives:
-            args, kwargs = self._by_sample(func, args, kwargs)
             isometry = len(entries) == 1 and entries[0].isometry and known.selects(func, args)
             self._share(output, roots, isometry)
         else:
@@ -322,10 +321,6 @@ class Tape(TorchFunctionMode):
         if self._is_inplace(output, args) and not all_shared:
             self.shared.pop(id(args[0]), None)
         return output
-
-    def _entries(self, args, kwargs) -> list[Shared]:
-        tensors = _tensors((*args, *kwargs.values()))
-        return [self.shared[id(value)] for value in tensors if id(value) in self.shared]
 
     def _by_sample(self, func, args, kwargs):
         """Record derived values that meet activations as uses: they may hold a part per sample."""
@@ -337,6 +332,10 @@ class Tape(TorchFunctionMode):
                     swaps[id(value)] = of_samples(value)
                 self.record.uses[-1].op = known.op_name(func)
         return _swap(args, swaps), {k: _swap_one(v, swaps) for k, v in kwargs.items()}
+
+    def _entries(self, args, kwargs) -> list[Shared]:
+        tensors = _tensors((*args, *kwargs.values()))
+        return [self.shared[id(value)] for value in tensors if id(value) in self.shared]
 
     def _carries_no_samples(self, args, kwargs) -> bool:
         """No operand is an activation: the others are buffers, or data of unknown kind.
@@ -440,6 +439,11 @@ class Tape(TorchFunctionMode):
         if output.ndim == 0 and output.requires_grad and source.ndim:
             kind = "mean" if "mean" in known.op_name(func) else "sum"
             self.record.losses.append(Reduction(source, output, kind))
+        elif isinstance(output, Tensor) and output.requires_grad:
+            dims = args[1] if len(args) > 1 else kwargs.get("dim")
+            dims = [dims] if isinstance(dims, int) else dims or ()
+            if any(dim % source.ndim == 0 for dim in dims):
+                self.record.across.add(output.grad_fn)
         return output
 
     def _division(self, func, args, kwargs):
@@ -501,12 +505,12 @@ class Tape(TorchFunctionMode):
         if values:
             for (owner, key, _), leaf in zip(restore, leaves.values(), strict=True):
                 owner._parameters[key] = leaf  # setattr would insist on a Parameter
-            self.opaque = [module, rule, values, restore]
+            self.opaque = [module, rule, values, leaves, restore]
 
     def _after_module(self, module, args, output):
         if not self.opaque or self.opaque[0] is not module:
             return None
-        _, rule, values, restore = self.opaque
+        _, rule, values, leaves, restore = self.opaque
         self.opaque = []
         for owner, key, parameter in restore:
             owner._parameters[key] = parameter
@@ -518,8 +522,10 @@ class Tape(TorchFunctionMode):
                 f"not {type(output).__name__}"
             )
         output = _own(output)
-        arguments = {"module": module, "inputs": args, "output": output.detach()}
-        kept = [(value, value._version) for value in args if isinstance(value, Tensor)]
+        result = output if self.create_graph else output.detach()
+        # Numbers as keys: names are the parameters'.
+        arguments = {0: module, 1: args, 2: result, **leaves}
+        kept = [(value, value._version) for value in (*args, result) if isinstance(value, Tensor)]
         self._append(type(module).__name__, rule, arguments, values, output, kept)
         return output
 

@@ -46,6 +46,11 @@ def loss_terms(loss: Tensor, record: Record, reduction: str | None) -> list[Loss
                 "or to each sample is not known: give reduction='mean' or reduction='sum'"
             )
         inner, loose = walk(term.output.grad_fn, proper)
+        if reduction is None and _across(term, record):
+            raise CurvoptError(
+                f"the loss was reduced over its first axis before the final {term.name}; give "
+                "reduction='mean' or reduction='sum' over the samples, and batch_size="
+            )
         if inner and not loose:
             terms += [_ended(proper[node], reduction or term.reduction) for node in inner]
         else:
@@ -122,9 +127,25 @@ def _divided(loss: Tensor, node: Any, record: Record) -> bool:
     return any(node in walk(division, {node})[0] for division in divisions)
 
 
+def _across(term: Loss, record: Record) -> bool:
+    """Whether a first axis was reduced after the model's last use, before the loss's last step."""
+    ends = {use.edge.node for use in record.uses} | {t.value.grad_fn for t in record.losses}
+    met, _ = walk(term.output.grad_fn, record.across | ends)
+    return any(node in record.across for node in met)
+
+
 def upstream(loss: Tensor, terms: list[Loss]) -> list[Tensor]:
     """Derivative of the loss in the value of each term."""
     if len(terms) == 1 and loss is terms[0].value:
         return [torch.ones_like(loss, requires_grad=False)]
-    grads = torch.autograd.grad(loss, [term.value for term in terms], retain_graph=True)
+    values = [term.value for term in terms]
+    with torch.enable_grad():
+        grads = torch.autograd.grad(loss, values, create_graph=True)
+    nodes = {value.grad_fn for value in values}
+    if any(grad.grad_fn is not None and walk(grad.grad_fn, nodes)[0] for grad in grads):
+        raise CurvoptError(
+            f"the loss is no weighted sum of {', '.join(term.name for term in terms)} (a root, a "
+            "power, a product of losses?), so it has no part that belongs to one sample; ask for "
+            "the gradient alone, or change the loss"
+        )
     return [grad.detach() for grad in grads]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -38,6 +40,10 @@ class CrossEntropy(Loss):
     @property
     def probabilities_given(self) -> bool:
         return self.target.is_floating_point()
+
+    def layouts(self, n: int) -> Iterator[Layout]:
+        """Axis 1 holds the classes."""
+        return (layout for layout in super().layouts(n) if layout.kind != "time")
 
     def spread(self, per_token: Tensor) -> Tensor:
         return per_token.unsqueeze(1)

@@ -26,6 +26,8 @@ def _batched_linear(tape: Tape, arguments: Arguments, all_shared: bool) -> bool:
 @rule(F.linear, parameters="weight bias", applies=_batched_linear)
 def linear(use: UseView, input: Tensor, weight: Tensor, bias: Tensor | None = None):
     """``y = x W^T + b``, all axes but the last are samples and tokens."""
+    if use.cotangent.ndim < 4:
+        raise Uncovered("linear has its samples on the axis of its features")
     left = use.cotangent.flatten(2, -2).unsqueeze(2)
     right = use.rows(input).flatten(1, -2).unsqueeze(1)
     found: dict[str, Structure] = {"weight": Outer(left, right, weight.shape)}

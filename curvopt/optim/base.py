@@ -25,8 +25,7 @@ class EngineOptimizer(torch.optim.Optimizer):
     A subclass says in `_wanted` what it needs beside the gradient for the coming step, checks the
     settings of a group in `_validate`, and moves the parameters in `_update`, given ``p.grad`` and
     what the step's backward passes left in ``self.collected``. It checks first and changes
-    state after: what fails must leave the parameters and their state as they were. What
-    belongs to the gradients in ``p.grad`` for as long as they add up goes to ``self._held``.
+    state after: what fails must leave the parameters and their state as they were.
 
     As in all of torch, gradients add up until they are zeroed: backward passes inside one closure,
     or in several ``with opt.record():`` blocks before one ``step()``. All of them must be recorded.
@@ -75,7 +74,6 @@ class EngineOptimizer(torch.optim.Optimizer):
     def _forget(self) -> None:
         self.collected: list[dict[str, Any]] = []
         self._left: dict[Tensor, tuple[Tensor, int]] = {}
-        self._held: dict[str, Any] = {}
         self._recorded = False
 
     # -- for subclasses ---------------------------------------------------------------------------
@@ -206,6 +204,7 @@ class EngineOptimizer(torch.optim.Optimizer):
                 )
             computation = Computation(tape, loss, self.reduction, finite=self.finite_loss)
             self._begin_pass()
+            computation.backward_to_others()
             with torch.no_grad():
                 self._accumulate(computation, wanted)
             self._note(recorded=True)
@@ -315,7 +314,7 @@ class EngineOptimizer(torch.optim.Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         """All but hooks, gradients of a step under way, and ``step``, which schedulers wrap."""
         kept = vars(self).items()
-        passing = ("step", "collected", "_left", "_held", "_recorded")
+        passing = ("step", "collected", "_left", "_recorded")
         return {k: v for k, v in kept if k not in passing and not k.startswith("_optimizer_")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

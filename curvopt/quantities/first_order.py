@@ -131,6 +131,7 @@ class ClippedGradSum(Quantity):
     def reduce_all(
         self, structures: dict[Tensor, Structure], context: Context
     ) -> dict[Tensor, Tensor]:
+        structures = {p: structure.settled() for p, structure in structures.items()}
         squares = torch.stack([s.squared_norms()[0] for s in structures.values()])
         factor = context.factor
         weights = self.weights(squares if factor == 1 else squares * factor**2) * factor

@@ -15,7 +15,7 @@ from curvopt.structures import Structure
 
 def sketch(samples: int, estimator: str, generator: Generator | None) -> Cotangent:
     """The cotangent of a Monte-Carlo quantity, validated."""
-    if samples < 1:
+    if not isinstance(samples, int) or samples < 1:
         raise ValueError(f"Invalid samples: {samples}")
     if estimator not in ("rademacher", "labels"):
         raise ValueError(f"Invalid estimator: {estimator!r} (use 'rademacher' or 'labels')")

@@ -96,6 +96,12 @@ class Structure(ABC):
         """``|row_vn|^2``: ``[V, N]``."""
         return torch.cat([squared_norm(rows, 2) for _, _, rows in self.blocks()], 1)
 
+    def settled(self) -> Structure:
+        """The same structure for `squared_norms` and then `sum`: its rows formed where that saves
+        work and they take little more memory than what they are made of.
+        """
+        return self
+
     def dots(self, direction: Tensor) -> Tensor:
         """Inner products ``<row_vn, direction>``: ``[V, N]``.
 
@@ -103,7 +109,34 @@ class Structure(ABC):
             direction: a tensor of the parameter's shape.
         """
         flat = direction.flatten()
-        return torch.cat([rows.flatten(2) @ flat for _, _, rows in self.blocks()], 1)
+        return torch.cat(
+            [rows.reshape(*rows.shape[:2], -1) @ flat for _, _, rows in self.blocks()], 1
+        )
+
+    def weighted(self, weights: Tensor) -> Tensor:
+        """``sum_vn w_vn row_vn``, the transpose of `dots`: ``[*shape]``.
+
+        Args:
+            weights: ``[V, N]``.
+        """
+        return _accumulate(
+            torch.tensordot(weights[:, start:stop], rows, 2) for start, stop, rows in self.blocks()
+        )
+
+    def gram(self, other: Structure) -> Tensor:
+        """Inner products ``<row_vn, other_um>``: ``[V, N, U, M]``.
+
+        Args:
+            other: a structure of the same parameter, for the same or other cotangents.
+        """
+        flat = other.form().reshape(other.columns, other.samples, -1)
+        return torch.cat(
+            [
+                torch.tensordot(rows.reshape(*rows.shape[:2], -1), flat, dims=([2], [2]))
+                for _, _, rows in self.blocks()
+            ],
+            1,
+        )
 
     def kronecker(self, *, reduce: bool = False, bias: bool = False) -> Factors:
         """Kronecker factors of ``sum_vn row_vn row_vn^T``: the exact block, if nothing is cheaper.

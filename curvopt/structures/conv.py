@@ -10,6 +10,7 @@ from torch import Size, Tensor
 
 from curvopt.structures.base import Structure
 from curvopt.structures.kronecker import Factors
+from curvopt.structures.dense import Dense
 from curvopt.structures.outer import Outer
 
 
@@ -102,8 +103,24 @@ class Conv(Structure):
         # Gram matrices of the positions, 2 T^2 (O + I) flops, or the formed rows, 2 T O I.
         return self.patches().squared_norms() if t * (o + i) < o * i else super().squared_norms()
 
+    def weighted(self, weights: Tensor) -> Tensor:
+        cotangent = torch.einsum("vn,vn...->n...", weights, self.cotangent)
+        return self._weight_gradient(cotangent.flatten(0, 1), self.input.flatten(0, 1), self.groups)
+
+    def gram(self, other: Structure) -> Tensor:
+        t, (o, i) = self.positions, (self.shape[0] // self.groups, self.shape[1:].numel())
+        if t * (o + i) < o * i and isinstance(other, Conv):
+            return self.patches().gram(other.patches())
+        return super().gram(other)
+
     def kronecker(self, *, reduce: bool = False, bias: bool = False) -> Factors:
         return self.patches().kronecker(reduce=reduce, bias=bias)
+
+    def settled(self) -> Structure:
+        t, (o, i) = self.positions, (self.shape[0] // self.groups, self.shape[1:].numel())
+        kept = self.cotangent.numel() + self.input.numel()
+        small = self.columns * self.samples * self.shape.numel() <= 4 * kept
+        return Dense(self.form()) if small and t * (o + i) >= o * i else self
 
     def dots(self, direction: Tensor) -> Tensor:
         # <row, d> is the cotangent's product with the convolution of the input by d.

@@ -88,19 +88,17 @@ class Lookup(Structure):
         return (self.values * looked_up).sum((-2, -1))
 
     def weighted(self, weights: Tensor) -> Tensor:
-        values = (self.values * weights[:, self.lookup_samples].unsqueeze(-1)).sum(0)
-        return scatter(values, self.indices, self.shape[0]).reshape(self.shape)
+        return self.scatter(torch.einsum("vn,vnmd->nmd", weights, self.values))
 
     def kronecker(self, *, reduce: bool = False, bias: bool = False) -> Factors:
-        """As in `Outer.kronecker`: the inputs are one-hot, so that their factor is a diagonal."""
-        count = max(1, self.samples)
-        tokens = self.values.new_ones(len(self.indices))
-        inputs = scatter(tokens, self.indices, self.shape[0]) / count
-        values = self.values.flatten(0, 1)
-        if reduce:
-            values = scatter(self.values, self.lookup_samples, self.samples, 1).flatten(0, 1)
-            inputs = inputs / max(1, len(self.indices) / count)
-        outputs = values.mT @ values / (1 if reduce else max(1, len(self.indices) / count))
+        """As in `Outer.kronecker`, lookups for tokens: one-hot inputs make a diagonal factor.
+
+        Always expanded: a mean of one-hot inputs would make a matrix of the table's size.
+        """
+        ones = self.values.new_ones(self.indices.numel())
+        inputs = scatter(ones, self.indices.flatten(), self.shape[0]) / max(1, self.samples)
+        values = self.values.flatten(0, 2)
+        outputs = values.mT @ values / max(1, self.indices.shape[1])
         return Factors((inputs, outputs), outputs=1)
 
 

@@ -6,6 +6,7 @@ import torch
 from torch import Size, Tensor
 
 from curvopt.structures.base import Structure
+from curvopt.structures.dense import Dense
 from curvopt.structures.kronecker import Factors
 
 
@@ -78,11 +79,36 @@ class Outer(Structure):
             return (self.left[0] @ self.left[0].mT).mul(gram).sum((-3, -2, -1)).unsqueeze(0)
         return torch.stack([(g @ g.mT).mul(gram).sum((-3, -2, -1)) for g in self.left])
 
+    def settled(self) -> Structure:
+        t, o, i = self.tokens, self.outputs, self.inputs
+        return Dense(self.form()) if 1 < t and t * (o + i) >= o * i else self
+
     def dots(self, direction: Tensor) -> Tensor:
         matrix = self._matrix(direction)
         if self.outputs <= self.inputs:
             return torch.einsum("vngto,ngto->vn", self.left, self.right @ matrix.mT)
         return torch.einsum("vngti,ngti->vn", self.left @ matrix, self.right)
+
+    def weighted(self, weights: Tensor) -> Tensor:
+        return self._contract(torch.einsum("vn,vngto->ngto", weights, self.left), self.right)
+
+    def gram(self, other: Structure) -> Tensor:
+        t, o, i = self.tokens, self.outputs, self.inputs
+        # As for `squared_norms`; the tokens of all pairs of samples must fit the cache's blocks.
+        if not isinstance(other, Outer) or (t > 1 and t * (o + i) >= o * i):
+            return super().gram(other)
+        result: Tensor | float = 0.0
+        for g in range(self.groups):
+            right = torch.tensordot(self.right[:, g], other.right[:, g], dims=([2], [2]))
+            columns = []
+            for one in self.left[:, :, g]:
+                left = [
+                    torch.tensordot(one, their, dims=([2], [2])).mul(right).sum((1, 3))
+                    for their in other.left[:, :, g]
+                ]
+                columns.append(torch.stack(left, 1))
+            result = result + torch.stack(columns)
+        return result
 
     def kronecker(self, *, reduce: bool = False, bias: bool = False) -> Factors:
         """As in `Structure.kronecker`: inputs are averaged over samples, cotangents summed.

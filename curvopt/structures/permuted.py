@@ -39,6 +39,17 @@ class Permuted(Structure):
     def squared_norms(self) -> Tensor:
         return self.inner.squared_norms()
 
+    def weighted(self, weights: Tensor) -> Tensor:
+        return self._permute(self.inner.weighted(weights), 0)
+
+    def gram(self, other: Structure) -> Tensor:
+        if isinstance(other, Permuted) and other.order == self.order:
+            return self.inner.gram(other.inner)
+        return super().gram(other)
+
+    def settled(self) -> Structure:
+        return Permuted(self.inner.settled(), self.order, self.shape)
+
     def dots(self, direction: Tensor) -> Tensor:
         inverse = sorted(range(len(self.order)), key=self.order.__getitem__)
         permuted = direction.reshape([self.inner.shape[axis] for axis in self.order])

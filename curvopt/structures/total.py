@@ -30,6 +30,9 @@ class Total(Structure):
     def dots(self, direction: Tensor) -> Tensor:
         return sum_tensors([part.dots(direction) for part in self.parts])
 
+    def weighted(self, weights: Tensor) -> Tensor:
+        return sum_tensors([part.weighted(weights) for part in self.parts])
+
 
 class Disjoint(Total):
     """Uses of separate parts of one parameter: no element has two uses, so no cross terms."""
@@ -119,6 +122,14 @@ class Pulled(Structure):
 
     def squared_norms(self) -> Tensor:
         return self.inner.squared_norms() if self.isometry else super().squared_norms()
+
+    def weighted(self, weights: Tensor) -> Tensor:
+        return self.pull(self.inner.weighted(weights), 0)
+
+    def gram(self, other: Structure) -> Tensor:
+        if self.isometry and isinstance(other, Pulled):
+            return self.inner.gram(other.inner)
+        return super().gram(other)
 
     def kronecker(self, *, reduce: bool = False, bias: bool = False) -> Factors:
         value, parameter = self.value, self.parameter
