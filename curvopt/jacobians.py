@@ -11,8 +11,9 @@ from torch.nn import functional as F
 
 from curvopt.api import Params, record
 from curvopt.engine.backward import pull_back
+from curvopt.engine.compute import Result
 from curvopt.errors import CurvoptError
-from curvopt.quantities import SqrtGGNExact
+from curvopt.quantities import GGNGram, Quantity, SqrtGGNExact
 
 CHUNK_BYTES = 1 << 26  # cotangents and results of one chunk of columns
 
@@ -47,13 +48,64 @@ def param_jacobian(
         >>> jacobian = curvopt.param_jacobian(lambda: model(x), model.parameters())
         >>> jacobian[model.weight].shape  # [N, *out, *model.weight.shape]
     """
+    result, shape = _columns_of_outputs(function, params, SqrtGGNExact(), max_columns, create_graph)
+    return {
+        p: rows.transpose(0, 1).reshape(*shape, *p.shape)
+        for p, rows in result.sqrt_ggn_exact.items()
+    }
+
+
+def empirical_ntk(
+    function: Callable[[], Tensor],
+    params: Params,
+    *,
+    max_columns: int | None = None,
+    create_graph: bool = False,
+) -> Tensor:
+    """Empirical neural tangent kernel, ``K[n, c, m, d] = <d fs[n, c], d fs[m, d]>``.
+
+    The inner products of the rows of `param_jacobian` over all parameters, from the structures:
+    for a linear layer ``(x_n . x_m) (g_nc . g_md)``, so that the Jacobian is formed only where
+    that is cheaper.
+
+    Args:
+        function: runs the model, returns its outputs ``[N, *out]``.
+        params: parameters, or (name, parameter) pairs.
+        max_columns: outputs that are sent back together; bounded by memory by default.
+        create_graph: keep the kernel differentiable.
+
+    Returns:
+        ``[N, *out, N, *out]``, a positive semi-definite matrix.
+
+    Raises:
+        CurvoptError: as for `param_jacobian`.
+
+    Example:
+        >>> kernel = curvopt.empirical_ntk(lambda: model(x), model.parameters())
+
+    References:
+        Jacot et al., Neural tangent kernel: convergence and generalization in neural networks
+        (NeurIPS 2018).
+    """
+    result, shape = _columns_of_outputs(function, params, GGNGram(), max_columns, create_graph)
+    kernel: Tensor = sum(result.ggn_gram.values())  # [K, N, K, N]
+    return kernel.permute(1, 0, 3, 2).reshape(*shape, *shape)
+
+
+def _columns_of_outputs(
+    function: Callable[[], Tensor],
+    params: Params,
+    quantity: Quantity,
+    max_columns: int | None,
+    create_graph: bool,
+) -> tuple[Result, torch.Size]:
+    """A quantity of a loss whose root is the identity, and the shape of the outputs."""
     tape = record(params, create_graph=create_graph)
     with torch.enable_grad(), tape:
         fs = _checked(function(), None)
         loss = 0.5 * F.mse_loss(fs, fs.detach(), reduction="sum")
     tape.batch_size = len(fs)
-    roots = tape.compute(loss, SqrtGGNExact(), max_columns=max_columns).sqrt_ggn_exact
-    return {p: V.transpose(0, 1).reshape(*fs.shape, *p.shape) for p, V in roots.items()}
+    return tape.compute(loss, quantity, max_columns=max_columns), fs.shape
 
 
 def batch_jacobian(

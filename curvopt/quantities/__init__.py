@@ -19,6 +19,7 @@ from curvopt.quantities.ggn import (
 )
 from curvopt.quantities.hessian import BatchDiagHessian, BlockHessian, DiagHessian, DiagHessianMC
 from curvopt.quantities.kronecker import KFAC, KFLR
+from curvopt.quantities.products import BlockGGN, EmpiricalFisher, GGNGram, GGNQuadratic, GradGram
 
 __all__ = [
     "KFAC",
@@ -28,12 +29,17 @@ __all__ = [
     "BatchDiagHessian",
     "BatchGrad",
     "BatchL2Grad",
+    "BlockGGN",
     "BlockHessian",
     "ClippedGradSum",
     "DiagGGNExact",
     "DiagGGNMC",
     "DiagHessian",
     "DiagHessianMC",
+    "EmpiricalFisher",
+    "GGNGram",
+    "GGNQuadratic",
+    "GradGram",
     "Gradient",
     "Quantity",
     "SqrtGGNExact",

@@ -91,6 +91,14 @@ class Quantity:
         """Join the results of two chunks of columns."""
         return before + part
 
+    def combine_all(self, before: Any, part: Any) -> Any:
+        """Join the results of two chunks of columns, of all parameters."""
+        return {p: self.combine(before[p], part[p]) for p in part}
+
+    def finish(self, result: Any) -> Any:
+        """Make the final value from the joined parts: values by parameter, or one for all."""
+        return result
+
     def __repr__(self) -> str:
         settings = ", ".join(f"{k}={v!r}" for k, v in vars(self).items() if k != "cotangent")
         return f"{type(self).__name__}({settings})"
