@@ -10,7 +10,7 @@ from curvopt.structures.lookup import Lookup
 from curvopt.structures.outer import Outer
 from curvopt.structures.own import Own
 from curvopt.structures.permuted import Permuted
-from curvopt.structures.total import Disjoint, Pulled, Total, total
+from curvopt.structures.total import Disjoint, Pulled, Tied, Total, total
 
 __all__ = [
     "Conv",
@@ -26,6 +26,7 @@ __all__ = [
     "Scale",
     "Shift",
     "Structure",
+    "Tied",
     "Total",
     "total",
 ]

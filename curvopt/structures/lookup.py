@@ -106,9 +106,3 @@ def scatter(values: Tensor, indices: Tensor, size: int, axis: int = 0) -> Tensor
     """Add up the values whose index along an axis is the same."""
     shape = (*values.shape[:axis], size, *values.shape[axis + 1 :])
     return values.new_zeros(shape).index_add(axis, indices, values)
-
-
-def concatenate(parts: list[Lookup]) -> Lookup:
-    """One structure for several lookups in one table, one after the other."""
-    values = torch.cat([part.values for part in parts], 2)
-    return Lookup(values, torch.cat([part.indices for part in parts], 1), parts[0].shape)

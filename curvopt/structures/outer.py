@@ -152,11 +152,3 @@ class Outer(Structure):
 
 def _products(left: Tensor, right: Tensor, transposed: bool) -> Tensor:
     return right.mT @ left if transposed else left.mT @ right
-
-
-def concatenate(parts: list[Outer]) -> Outer:
-    """One structure for several uses of one matrix: their tokens, one after the other."""
-    first = parts[0]
-    left = torch.cat([part.left for part in parts], 3)
-    right = torch.cat([part.right for part in parts], 2)
-    return Outer(left, right, first.shape, transposed=first.transposed)

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
+from collections.abc import Hashable
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from curvopt.structures.base import Structure
 from curvopt.structures.kronecker import Factors
-from curvopt.structures.outer import Outer, concatenate
+from curvopt.structures.lookup import Lookup
+from curvopt.structures.outer import Outer
 
 
 class Total(Structure):
@@ -45,6 +50,43 @@ class Disjoint(Total):
 
     def squared_norms(self) -> Tensor:
         return sum_tensors([part.squared_norms() for part in self.parts])
+
+
+class Tied(Total):
+    """A parameter that is looked up as a table and multiplied as a matrix (tied embeddings).
+
+    Lookups and products meet in the table rows that were looked up, and only there their squares
+    have a cross term, ``(l + m)^2 = l^2 + m^2 + 2 l m``. For it no sample's gradient is formed,
+    which would be as large as the vocabulary.
+
+    Args:
+        lookup: the parameter as a table.
+        matrix: the parameter as a matrix, without groups.
+    """
+
+    def __init__(self, lookup: Lookup, matrix: Outer):
+        super().__init__([lookup, matrix])
+        self.lookup, self.matrix = lookup, matrix
+
+    def meeting(self) -> Tensor:
+        """Each lookup's value times the matrix's gradient in that table row, ``[V, N, M, D]``."""
+        left, right = self.matrix.left[:, :, 0], self.matrix.right[:, 0]
+        table, other = (right, left) if self.matrix.transposed else (left, right)
+        indices = self.lookup.indices.unsqueeze(-2).expand(*table.shape[:-1], -1)
+        return self.lookup.values * (table.gather(-1, indices).mT @ other)
+
+    def sum_of_squares(self) -> Tensor:
+        squares = self.lookup.sum_of_squares() + self.matrix.sum_of_squares()
+        return (squares + 2 * self.lookup.scatter(self.meeting().sum(0))).clamp(min=0)
+
+    def batch_sum_of_squares(self) -> Tensor:
+        squares = self.lookup.batch_sum_of_squares() + self.matrix.batch_sum_of_squares()
+        twice = Lookup(2 * self.meeting().sum(0, keepdim=True), self.lookup.indices, self.shape)
+        return (squares + twice.form()[0]).clamp(min=0)
+
+    def squared_norms(self) -> Tensor:
+        squares = self.lookup.squared_norms() + self.matrix.squared_norms()
+        return (squares + 2 * self.meeting().sum((-2, -1))).clamp(min=0)
 
 
 class Pulled(Structure):
@@ -142,17 +184,38 @@ class Pulled(Structure):
 
 def total(parts: list[Structure]) -> Structure:
     """One structure for all uses of a parameter."""
+    alike: dict[Hashable, list[Any]] = defaultdict(list)
+    for part in parts:
+        alike[_kind(part)].append(part)
+    parts = [same[0] if len(same) == 1 else concatenate(same) for same in alike.values()]
     if len(parts) == 1:
         return parts[0]
-    outers = [part for part in parts if isinstance(part, Outer)]
-    if len(outers) == len(parts):
-        keys = {(part.transposed, part.left.shape[2], part.outputs, part.inputs) for part in outers}
-        if len(keys) == 1:
-            return concatenate(outers)
     pulled = [part for part in parts if isinstance(part, Pulled)]
     if len(pulled) == len(parts) and _separate(pulled):
         return Disjoint(parts)
+    lookups = [part for part in parts if isinstance(part, Lookup)]
+    matrices = [part for part in parts if isinstance(part, Outer) and part.groups == 1]
+    if len(parts) == 2 and lookups and matrices:
+        return Tied(lookups[0], matrices[0])
     return Total(parts)
+
+
+def _kind(part: Structure) -> Hashable:
+    """What structures must have in common for their tokens to go one after the other."""
+    if isinstance(part, Outer):
+        return part.transposed, part.groups, part.outputs, part.inputs
+    return Lookup if isinstance(part, Lookup) else id(part)
+
+
+def concatenate(parts: list[Any]) -> Structure:
+    """One structure for several of a kind: their tokens, one after the other."""
+    first = parts[0]
+    if isinstance(first, Lookup):
+        values = torch.cat([part.values for part in parts], 2)
+        return Lookup(values, torch.cat([part.indices for part in parts], 1), first.shape)
+    left = torch.cat([part.left for part in parts], 3)
+    right = torch.cat([part.right for part in parts], 2)
+    return Outer(left, right, first.shape, transposed=first.transposed)
 
 
 def _separate(parts: list[Pulled]) -> bool:

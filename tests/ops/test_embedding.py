@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import curvopt
-from curvopt.structures import Lookup
+from curvopt.structures import Lookup, Outer, Tied
 from tests.cases import LOSSES, Model, build, function
 from tests.ops.rows import exact
 from tests.oracles import assert_close, batch_grad
@@ -149,11 +149,18 @@ def test_bags_with_max_are_slow_but_exact():
 
 
 def test_large_tables_are_never_formed(monkeypatch):
-    layer = nn.Embedding(10**6, 4)
+    layer, ids = nn.Embedding(10**6, 4), torch.randint(10**6, (64, 8))
     monkeypatch.setattr(Lookup, "rows", None)
-    curvopt.compute(
-        lambda: layer(torch.randint(10**6, (64, 8))).square().sum(),
-        layer.parameters(),
-        curvopt.Variance(),
-        curvopt.ClippedGradSum(1.0),
-    )
+    quantities = curvopt.Variance(), curvopt.ClippedGradSum(1.0)
+    curvopt.compute(lambda: layer(ids).square().sum(), layer.parameters(), *quantities)
+
+
+def test_tied_tables_are_never_formed(monkeypatch):
+    layer, ids = nn.Embedding(10**4, 16), torch.randint(10**4, (4, 8))
+    monkeypatch.setattr(Tied, "rows", None)
+    monkeypatch.setattr(Outer, "rows", None)
+
+    def closure():
+        return F.cross_entropy(F.linear(layer(ids), layer.weight).mT, ids)
+
+    curvopt.compute(closure, layer.parameters(), curvopt.ClippedGradSum(1.0))

@@ -183,6 +183,13 @@ STRUCTURES = {
     "total": lambda: several(Total, dense(shape=(4, 3)), outer(2, 1, 5, 4, 3)),
     "total-shift": lambda: several(Total, shift(2, (5, 4), (1, 4), (4,)), dense(shape=(4,))),
     "total-outers": lambda: several(total, outer(2, 1, 1, 4, 3), outer(2, 1, 5, 4, 3)),
+    "total-lookups": lambda: several(
+        total, lookup(2, (4, 3), [1], [0], [1]), lookup(2, (4, 3), [1, 2], [1, 3], [3, 3])
+    ),
+    "tied": lambda: several(total, lookup(2, (4, 3), [1, 2], [0, 0], [1, 3]), outer(2, 1, 5, 4, 3)),
+    "tied-transposed": lambda: several(
+        total, outer(1, 1, 2, 3, 4, transposed=True), lookup(1, (4, 3), [1], [0], [3])
+    ),
     "total-layouts": lambda: several(
         total, outer(1, 1, 1, 4, 3), outer(1, 1, 5, 3, 4, transposed=True)
     ),
