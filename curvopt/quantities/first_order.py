@@ -124,9 +124,11 @@ class ClippedGradSum(Quantity):
 
     def weights(self, squares: Tensor) -> Tensor:
         """Factors ``[P, N]`` of P parameters' rows, from their squared norms ``[P, N]``."""
-        norms = squares.sum(0).sqrt()
-        factors = (self.max_norm / norms).clamp(max=1)
-        return torch.where(norms.isfinite(), factors, 0).expand_as(squares)
+        total = squares.sum(0)
+        long = total.sqrt() > self.max_norm
+        # Roots of the long norms alone: at zero, a root's derivative is no number.
+        factors = torch.where(long, self.max_norm / total.where(long, 1).sqrt(), 1)
+        return torch.where(total.isfinite(), factors, 0).expand_as(squares)
 
     def reduce_all(
         self, structures: dict[Tensor, Structure], context: Context
