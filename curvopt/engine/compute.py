@@ -264,13 +264,14 @@ class Computation:
         )
 
     def _readable(self, term: Loss, n: int, first: list[int]) -> Iterator[Layout]:
-        """Layouts of a loss's input; rows flattened time first are taken only where it shows.
+        """Layouts of a loss's input; time first is read into it only where shapes leave no doubt.
 
-        (A batch that the model handles in parts looks the same.)
+        (A batch that the model handles in parts looks the same as time steps.)
         """
         time_first = first[1:2] == [n] and len(first) > 2 and first[0] * n == term.output.shape[0]
         for layout in term.layouts(n):
-            if layout.kind != "time-flat" or time_first or self.tape.batch_size is not None:
+            shown = layout.kind == "batch" or (layout.kind == "time-flat" and time_first)
+            if shown or self.tape.batch_size is not None:
                 yield layout
 
     def _separable(

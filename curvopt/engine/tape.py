@@ -315,7 +315,7 @@ class Tape(TorchFunctionMode):
         if derives:
             isometry = len(entries) == 1 and entries[0].isometry and known.selects(func, args)
             self._share(output, roots, isometry)
-        else:
+        if not all_shared:
             for root in roots:
                 self.record.unruled.setdefault(root, known.op_name(func))
         if self._is_inplace(output, args) and not all_shared:
