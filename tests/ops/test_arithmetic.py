@@ -135,6 +135,9 @@ ROWS = {
     "tile": Model(
         (4, 2), function(lambda x, t: torch.cat([x, torch.tile(t, (len(x), 1, 1))], 1), t=(3, 2))
     ),
+    "stacked": Model(
+        (4,), function(lambda x, t, w: torch.cat([torch.stack([t] * len(x)), x * w], 1), t=3, w=4)
+    ),
     "repeat-queries": Model((2, 3), function(queries, q=(5, 4), w=(3, 4))),
 }
 
