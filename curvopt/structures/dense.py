@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from curvopt.structures.base import Structure
@@ -24,3 +25,7 @@ class Dense(Structure):
 
     def form(self) -> Tensor:
         return self.values
+
+    def sum(self, weights: Tensor | None = None) -> Tensor:
+        values = self.values.sum(0) if self.columns > 1 else self.values[0]
+        return values.sum(0) if weights is None else torch.tensordot(weights, values, 1)
