@@ -17,9 +17,9 @@ pytest.importorskip("tqdm")
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))  # scripts, not a package
-harness, optimizers, private_step, problems, quantities, report = map(
+harness, jacobians, optimizers, private_step, problems, quantities, report = map(
     import_module,
-    ("harness", "optimizers", "private_step", "problems", "quantities", "report"),
+    ("harness", "jacobians", "optimizers", "private_step", "problems", "quantities", "report"),
 )
 CPU = torch.device("cpu")
 THREADS = ["--threads", str(torch.get_num_threads())]
@@ -89,10 +89,14 @@ def test_find_gives_none_for_what_is_missing():
     assert harness.find("no_such_package.Name") is None
 
 
-@pytest.mark.parametrize("script", [quantities, private_step])
+FEW = [word for name in ("Variance", "DiagGGNExact") for word in ("--quantity", name)]
+
+
+@pytest.mark.parametrize(("script", "options"), [(quantities, FEW), (private_step, [])])
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")
-def test_timed_benchmarks_run(script, tiny, tmp_path):
-    script.main(["--problem", "tiny", "--rounds", "1", *THREADS, "--out", str(tmp_path)])
+def test_timed_benchmarks_run(script, options, tiny, tmp_path):
+    settings = ["--problem", "tiny", "--rounds", "1", *THREADS, "--out", str(tmp_path)]
+    script.main([*settings, *options])
     name = script.__name__
     result = json.loads((tmp_path / f"{name}.json").read_text())
     assert result["machine"]["versions"]["torch"]
@@ -101,6 +105,14 @@ def test_timed_benchmarks_run(script, tiny, tmp_path):
     assert all(v["seconds"] > 0 and v["peak_bytes"] > 0 for v in variants.values())
     assert variants[script.PLAIN]["ratio"] == 1
     assert "| :-- |" in (tmp_path / f"{name}.md").read_text()
+
+
+def test_jacobians_agree_and_are_drawn(tmp_path, monkeypatch):
+    monkeypatch.setattr(jacobians, "SIZES", {"N": (2, 3), "outputs": (2,)})
+    jacobians.main(["--rounds", "1", *THREADS, "--out", str(tmp_path)])
+    runs = json.loads((tmp_path / "jacobians.json").read_text())["problems"]["hessian_diag"]
+    assert [run["N"] for run in runs] == [2, 3, 16]
+    assert (tmp_path / "jacobians.png").exists()
 
 
 def test_verdict_names_what_is_missed():
