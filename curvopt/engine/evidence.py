@@ -77,6 +77,7 @@ def gives_copies(target_shape: Callable[[Arguments], Sequence[int]]) -> Callable
         grown = [old == 1 and new > 1 for old, new in zip(before, target, strict=True)]
         if tape.hint is None:
             return grown[:1] == [True]
-        return tape.hint == 1 or any(new == tape.hint and up for new, up in zip(target[:2], grown, strict=False))
+        along = [up and new == tape.hint for up, new in zip(grown[:2], target[:2], strict=True)]
+        return tape.hint == 1 or any(along)
 
     return applies
