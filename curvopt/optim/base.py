@@ -47,7 +47,8 @@ class EngineOptimizer(torch.optim.Optimizer):
 
     Attributes:
         steps: number of steps taken.
-        collected: what each backward pass since the last step left, by the quantity's field.
+        collected: what the backward passes since the last step left: a dict each, by the quantity's
+            field, unless `_accumulate` is overridden; ``{}`` where nothing was wanted.
         saved: names of the attributes, numbers or tensors, that a checkpoint needs.
     """
 
@@ -72,7 +73,7 @@ class EngineOptimizer(torch.optim.Optimizer):
         self._forget()
 
     def _forget(self) -> None:
-        self.collected: list[dict[str, Any]] = []
+        self.collected: list[Any] = []
         self._left: dict[Tensor, tuple[Tensor, int]] = {}
         self._recorded = False
 

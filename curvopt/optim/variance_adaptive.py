@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor
@@ -128,9 +129,7 @@ class VarianceAdaptiveSGD(EngineOptimizer):
 
     def _wanted(self) -> list[Quantity]:
         due = self.steps % self.variance_every == 0
-        # A parameter that takes part for the first time needs its S at once.
-        new = any(p.requires_grad and p not in self.state for p in self._parameters())
-        return [Moments(self.noise_tests)] if due or new else []
+        return [Moments(self.noise_tests)] if due else []
 
     def _accumulate(self, computation: Computation, quantities: list[Quantity]) -> None:
         (moments,) = quantities
@@ -166,7 +165,7 @@ class VarianceAdaptiveSGD(EngineOptimizer):
             state.update(step=0, spread=0.0, measured=0, momentum_buffer=b)
             state["variance"] = torch.full_like(b, _floor(b.dtype))
         b, s = state["momentum_buffer"], state["variance"]
-        grad = p.grad.to(b.dtype)
+        grad = cast(Tensor, p.grad).to(b.dtype)
         decay, scatter = mu, None
         if self.samples > 1 and batch and p in batch.scatter:
             decay, scatter = mu**self.variance_every, batch.scatter[p]
@@ -227,10 +226,8 @@ class VarianceAdaptiveSGD(EngineOptimizer):
             raise CurvoptError("the noise is known after a step with two samples or more")
         a = {name: value.item() for name, value in self.averages.items()}
 
-        def ratio(top: str, bottom: str) -> float | None:
-            if top not in a:
-                return None
-            return a[top] / a[bottom] if a[bottom] > 0 else float("inf")
+        def ratio(top: str, bottom: str) -> float:
+            return a[top] / a[bottom] if a[bottom] > 0 else math.inf
 
         return Noise(
             batch_size=self.samples,
@@ -238,8 +235,8 @@ class VarianceAdaptiveSGD(EngineOptimizer):
             signal=a["signal"] / a["weight"],
             scale=ratio("trace", "signal"),
             norm_test=ratio("variance", "gradient"),
-            inner_product_test=ratio("along", "tested squared"),
-            orthogonality_test=ratio("across", "tested"),
+            inner_product_test=ratio("along", "tested squared") if "along" in a else None,
+            orthogonality_test=ratio("across", "tested") if "across" in a else None,
             cabs=ratio("cabs", "loss"),
         )
 
@@ -257,7 +254,8 @@ class Moments(Quantity):
     field = "moments"
 
     def __init__(self, products: bool):
-        self.asked, self.products = products, None
+        self.asked = products
+        self.products: Tensor | None = None
 
     def reduce_all(  # noqa: D102 (as in the base class)
         self, structures: dict[Tensor, Structure], context: Context
@@ -325,7 +323,7 @@ class Batch:
     norms: Tensor
 
     @classmethod
-    def of(cls, computation: Computation, moments: Moments) -> Batch:
+    def of(cls, computation: Computation, moments: Any) -> Batch:
         """The batch of one backward pass."""
         values = computation.run([moments], free=True)[moments.field]
         n, loss = computation.samples, computation.loss.detach()
@@ -365,7 +363,7 @@ def _move(
     grads: list[Tensor],
     buffers: list[Tensor],
     variances: list[Tensor],
-    scatters: list[Tensor | None],
+    scatters: list[Any],
 ) -> None:
     """Move some parameters: what `VarianceAdaptiveSGD` says, ``r = spread``."""
     lr, floor = float(group["lr"]), _floor(variances[0].dtype)
