@@ -7,7 +7,10 @@ changes of the output, where a kept tensor would silently change its meaning.
 
 from __future__ import annotations
 
+import sys
+import warnings
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from copy import copy
 from dataclasses import dataclass, field
 from typing import Any
@@ -51,6 +54,11 @@ class Shared:
     version: int
     roots: frozenset[int]
     isometry: bool = False
+
+    @property
+    def fresh(self) -> bool:
+        """Whether the value is still the one that was made."""
+        return self.tensor._version == self.version
 
 
 @dataclass(eq=False)
@@ -101,7 +109,7 @@ class UseView:
         # Half precision would lose squares and norms: they are accumulated in float32.
         self.dtype = torch.promote_types(dtype, torch.float32)
         self.op, self.layout = use.op, layout
-        self.raw = cotangent.to(self.dtype)
+        self.raw = cotangent if cotangent.dtype is self.dtype else cotangent.to(self.dtype)
         self.cotangent = layout.split(self.raw, 1)
         self.parameters = {name: shared.tensor for name, shared in use.values.items()}
         self.output_ndim = len(use.shape)
@@ -117,7 +125,8 @@ class UseView:
     def rows(self, tensor: Tensor) -> Tensor:
         """Data of the op in the canonical layout, ``[N, K, *rest]``."""
         split = self.layout.split(tensor)
-        return split.to(self.dtype) if split.is_floating_point() else split
+        wrong = split.dtype is not self.dtype and split.is_floating_point()
+        return split.to(self.dtype) if wrong else split
 
     @property
     def flat(self) -> Tensor:
@@ -193,7 +202,7 @@ class Tape(TorchFunctionMode):
             raise CurvoptError(f"Invalid batch_size: {batch_size} (a number of samples)")
         self.batch_size, self.create_graph, self.on_backward = batch_size, create_graph, on_backward
         self.by_id = {id(p): p for p in self.params}
-        self.handles: list[Any] = []
+        self.entered: ExitStack | None = None
         self.opaque: list[Any] = []
         self.depth = 0
         self.reset()
@@ -267,7 +276,7 @@ class Tape(TorchFunctionMode):
             if isinstance(value, Tensor):
                 tensors = True
                 entry = shared.get(id(value))
-                if entry is not None and (entry.version == value._version or self._is_param(value)):
+                if entry is not None and (id(value) in self.by_id or entry.fresh):
                     tracked = tracked or bool(entry.roots)
                 else:
                     all_shared = False
@@ -464,25 +473,27 @@ class Tape(TorchFunctionMode):
 
     def __enter__(self):
         if not self.depth:
-            self.handles = [
+            self.entered = ExitStack()
+            handles = [
                 register_module_forward_pre_hook(remember_order),
                 register_module_forward_pre_hook(self._share_buffers),
             ]
             if MODULE_RULES:
-                self.handles += [
+                handles += [
                     register_module_forward_pre_hook(self._before_module),
                     register_module_forward_hook(self._after_module, always_call=True),
                 ]
+            for handle in handles:
+                self.entered.callback(handle.remove)
+            self.entered.enter_context(_uncompiled())
         self.depth += 1
         return super().__enter__()
 
     def __exit__(self, *error):
         self.depth -= 1
-        if not self.depth:
-            for handle in self.handles:
-                handle.remove()
-            self.handles = []
-            self.opaque = []
+        if not self.depth and self.entered is not None:
+            self.entered.close()
+            self.entered, self.opaque = None, []
         return super().__exit__(*error)
 
     def _share_buffers(self, module, args):
@@ -528,6 +539,17 @@ class Tape(TorchFunctionMode):
         kept = [(value, value._version) for value in (*args, result) if isinstance(value, Tensor)]
         self._append(type(module).__name__, rule, arguments, values, output, kept)
         return output
+
+
+@contextmanager
+def _uncompiled() -> Iterator[None]:
+    """Models under `torch.compile` run as they were written: fused ops cannot be recorded."""
+    if "torch._dynamo" not in sys.modules:  # nothing is compiled, and importing it takes seconds
+        yield
+        return
+    with warnings.catch_warnings(), torch.compiler.set_stance("force_eager"):
+        warnings.filterwarnings("ignore", r"Using `torch.compile\(module\)` when there are global")
+        yield
 
 
 def _own(output: Tensor) -> Tensor:
