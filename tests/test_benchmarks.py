@@ -107,6 +107,7 @@ def test_timed_benchmarks_run(script, options, tiny, tmp_path):
     assert "| :-- |" in (tmp_path / f"{name}.md").read_text()
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # forward mode in torch.func
 def test_jacobians_agree_and_are_drawn(tmp_path, monkeypatch):
     monkeypatch.setattr(jacobians, "SIZES", {"N": (2, 3), "outputs": (2,)})
     jacobians.main(["--rounds", "1", *THREADS, "--out", str(tmp_path)])
