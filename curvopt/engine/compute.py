@@ -136,6 +136,7 @@ class Computation:
                 "loss.backward() instead, once"
             )
         self.terms: list[Loss] = []
+        self.inconclusive = False
         self.reached: list[Use] = []
 
     # -- public -----------------------------------------------------------------------------------
@@ -229,7 +230,9 @@ class Computation:
             if len(known) > 1000:  # shapes that never repeat
                 known.clear()
             n, terms, of_uses = self._find_layouts()
-            known[key] = n, terms, [of_uses[use] for use in uses]
+            if not self.inconclusive:
+                known[key] = n, terms, [of_uses[use] for use in uses]
+            return n, terms, of_uses
         n, terms, in_order = known[key]
         return n, terms, dict(zip(uses, in_order, strict=True))
 
@@ -302,6 +305,8 @@ class Computation:
             if grad is None or not options:
                 result[use] = options[0] if options else None
                 continue
+            # Zeros prove nothing (behind weights that start at zero, say): look again next time.
+            self.inconclusive |= not grad[0].any()
             result[use] = next((o for o in options if _scales(grad, factors, o)), None)
             if result[use] is None and not use.rule.tentative:
                 return None, f"{use.op} (output {list(use.shape)}, {n} samples)"
