@@ -354,7 +354,10 @@ class Computation:
         """Chunks of cotangents, a ``[V, *output.shape]`` per term."""
         kind = one.cotangent.kind
         options = {"create_graph": self.tape.create_graph or kind == "hessian"}
-        inverse = [_inverse(share) if one.own else 1.0 for share in self.shares]
+        chosen = one.cotangent.subsample
+        inverse = [
+            _inverse(share) if one.own else _enlarged(share, chosen) for share in self.shares
+        ]
         if kind in ("gradient", "hessian"):
             chunk = []
             for term, up, factor, layout in zip(
@@ -409,7 +412,12 @@ class Computation:
         if one.cotangent.kind == "hessian":
             hessian = Hessian(self, one.own)
             return {quantity: quantity.from_hessian(hessian) for quantity in asked}
-        share = self.shares[0]
+        chosen = one.cotangent.subsample
+        if chosen is not None and max(chosen) >= self.samples:
+            raise CurvoptError(f"subsample has index {max(chosen)} of {self.samples} samples")
+        share = self.shares[0] if self.uniform or len(self.terms) == 1 else None
+        if chosen is not None and not isinstance(share, Tensor) and share is not None:
+            share = share * _enlarged(share, chosen)
         results: dict[Quantity, Any] = {}
         chunks = iter(self._columns(one))
         outputs = [term.output for term in self.terms]
@@ -425,8 +433,11 @@ class Computation:
                 p: total(parts[p]) if p in parts else self._nothing(p, columns)
                 for p in self.tape.params
             }
+            if chosen is not None:
+                structures = {p: s.take(chosen) for p, s in structures.items()}
+            count = self.samples if chosen is None else len(chosen)
             for quantity in asked:
-                context = Context(self.samples, *self._scaling(one, quantity, share))
+                context = Context(count, *self._scaling(one, quantity, share))
                 part = quantity.reduce_all(structures, context)
                 if quantity in results:
                     before = results[quantity]
@@ -437,14 +448,14 @@ class Computation:
             cotangents = following
 
     def _scaling(
-        self, one: Pass, quantity: Quantity, share: float | Tensor
-    ) -> tuple[float, float | Tensor]:
+        self, one: Pass, quantity: Quantity, share: float | Tensor | None
+    ) -> tuple[float, float | Tensor | None]:
         """Factor of the rows, and the share of a sample in a sum over rows."""
         if one.cotangent.kind == "gradient":
             return 1.0, share if one.own else 1.0
         if quantity.own is one.own:
             return 1.0, 1.0
-        assert not isinstance(share, Tensor)  # only a uniform share mixes the two in one pass
+        assert isinstance(share, float)  # only a uniform share mixes the two in one pass
         return (share**-0.5 if quantity.own else share**0.5), 1.0
 
     def _pull(
@@ -637,6 +648,15 @@ def _inverse(share: float | Tensor) -> float | Tensor:
     if isinstance(share, Tensor):
         return torch.where(share > 0, share.reciprocal(), 0)
     return 1 / share
+
+
+def _enlarged(share: float | Tensor, chosen: tuple[int, ...] | None) -> float | Tensor:
+    """What a sample's share grows by in the loss of some samples alone."""
+    if chosen is None or (not isinstance(share, Tensor) and share == 1):
+        return 1.0
+    if isinstance(share, Tensor):
+        return share[list(chosen)].sum().reciprocal().expand(len(share))
+    return 1 / (share * len(chosen))
 
 
 def quantities_of(quantities: Iterable[Quantity]) -> list[Quantity]:

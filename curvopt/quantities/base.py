@@ -24,12 +24,14 @@ class Cotangent:
         samples: number of random combinations of a sketch.
         estimator: ``"rademacher"`` signs, or ``"labels"`` drawn from the model.
         generator: of the sketch; torch's global one by default.
+        subsample: indices of the samples to take; all by default.
     """
 
     kind: str
     samples: int = 1
     estimator: str = "rademacher"
     generator: Generator | None = None
+    subsample: tuple[int, ...] | None = None
 
 
 GRADIENT = Cotangent("gradient")
@@ -52,12 +54,12 @@ class Context:
     Attributes:
         samples: N.
         factor: number that the rows must be multiplied by.
-        share: sample n's share w_n of the loss, a number or ``[N]``.
+        share: sample n's share w_n of the loss, a number or ``[N]``; None if its terms differ.
     """
 
     samples: int
     factor: float = 1.0
-    share: float | Tensor = 1.0
+    share: float | Tensor | None = 1.0
 
 
 class Quantity:

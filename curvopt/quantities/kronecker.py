@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Generator, Tensor
 
-from curvopt.quantities.base import ROOT, Context, Quantity
-from curvopt.quantities.ggn import sketch
+from curvopt.quantities.base import Context, Cotangent, Quantity
+from curvopt.quantities.ggn import _Sketch, indices
 from curvopt.structures import Conv, Factors, Outer, Shift, Structure
 
 
@@ -34,6 +36,8 @@ class KFLR(Quantity):
             or ``"together"``: A is ``[I + 1, I + 1]`` with a constant last input, for the block of
             ``[W, b]``, and the bias has no factors of its own: ``()``.
         tokens: ``"expand"`` (default: it fits most layers) or ``"reduce"``.
+        subsample: indices of the samples to take, as if the loss were computed from these alone;
+            all by default.
 
     Raises:
         CurvoptError: a large parameter is used in a way that has no Kronecker factors.
@@ -51,14 +55,20 @@ class KFLR(Quantity):
     """
 
     field = "kflr"
-    cotangent = ROOT
 
-    def __init__(self, *, bias: str = "apart", tokens: str = "expand"):
+    def __init__(
+        self,
+        *,
+        bias: str = "apart",
+        tokens: str = "expand",
+        subsample: Sequence[int] | Tensor | None = None,
+    ):
         if bias not in ("apart", "together"):
             raise ValueError(f"Invalid bias: {bias!r} (use 'apart' or 'together')")
         if tokens not in ("expand", "reduce"):
             raise ValueError(f"Invalid tokens: {tokens!r} (use 'expand' or 'reduce')")
         self.bias, self.tokens = bias, tokens
+        self.cotangent = Cotangent("root", subsample=indices(subsample))
 
     def reduce_all(
         self, structures: dict[Tensor, Structure], context: Context
@@ -98,7 +108,7 @@ def _fits(weight: Structure, bias: Tensor) -> bool:
     return ungrouped and plain and bias.shape == weight.shape[:1]
 
 
-class KFAC(KFLR):
+class KFAC(_Sketch, KFLR):
     """As `KFLR`, from one backward column per sample: an unbiased estimate of B.
 
     Args:
@@ -108,6 +118,7 @@ class KFAC(KFLR):
         generator: source of randomness, on the output's device; torch's global one by default.
         bias: as in `KFLR`.
         tokens: as in `KFLR`.
+        subsample: as in `KFLR`.
     """
 
     field = "kfac"
@@ -120,7 +131,7 @@ class KFAC(KFLR):
         *,
         bias: str = "apart",
         tokens: str = "expand",
+        subsample: Sequence[int] | Tensor | None = None,
     ):
-        super().__init__(bias=bias, tokens=tokens)
-        self.samples, self.estimator, self.generator = samples, estimator, generator
-        self.cotangent = sketch(samples, estimator, generator)
+        KFLR.__init__(self, bias=bias, tokens=tokens)
+        _Sketch.__init__(self, samples, estimator, generator, subsample=subsample)

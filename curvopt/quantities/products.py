@@ -10,7 +10,7 @@ from torch import Generator, Tensor
 
 from curvopt.errors import CurvoptError
 from curvopt.quantities.base import ROOT, Context, Quantity
-from curvopt.quantities.ggn import sketch
+from curvopt.quantities.ggn import _Sketch
 from curvopt.structures import Structure
 
 Held = dict[Tensor, list[tuple[Structure, float]]]
@@ -98,7 +98,7 @@ class GGNQuadratic(Quantity):
     ):
         self.direction, self.samples = direction, samples
         if samples is not None:
-            self.cotangent = sketch(samples, estimator, generator)
+            self.cotangent = _Sketch(samples, estimator, generator).cotangent
 
     def reduce_all(self, structures: dict[Tensor, Structure], context: Context) -> Any:
         total: Tensor | float = 0.0
@@ -133,6 +133,11 @@ class EmpiricalFisher(Quantity):
     own = True
 
     def reduce(self, structure: Structure, context: Context) -> Tensor:
+        if context.share is None:
+            raise CurvoptError(
+                "the terms of the loss are reduced differently, so a sample's own loss has no one "
+                "share in it; ask for the empirical Fisher of each term alone"
+            )
         if isinstance(context.share, Tensor):
             return torch.tensordot(context.share, structure.batch_sum_of_squares(), 1)
         return structure.sum_of_squares() * (context.share * context.factor**2)

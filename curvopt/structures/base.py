@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from copy import copy
+from typing import Any
 
 import torch
 from torch import Size, Tensor
@@ -43,6 +45,21 @@ class Structure(ABC):
     def form(self) -> Tensor:
         """All rows, ``[V, N, *shape]``."""
         return self.rows(0, self.samples)
+
+    def take(self, samples: Sequence[int]) -> Structure:
+        """The structure of some samples alone.
+
+        Args:
+            samples: their indices.
+        """
+        from curvopt.structures.dense import Dense
+
+        return Dense(torch.cat([self.rows(n, n + 1) for n in samples], 1))
+
+    def _taken(self, samples: Sequence[int], **fields: Any) -> Structure:
+        taken = copy(self)
+        vars(taken).update(fields, samples=len(samples))
+        return taken
 
     def block(self) -> int:
         """Samples whose rows are formed at a time: as many as fit the cache, at least one."""

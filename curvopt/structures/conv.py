@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Size, Tensor
 
 from curvopt.structures.base import Structure
-from curvopt.structures.kronecker import Factors
 from curvopt.structures.dense import Dense
+from curvopt.structures.kronecker import Factors
 from curvopt.structures.outer import Outer
 
 
@@ -91,6 +92,10 @@ class Conv(Structure):
         grad = self._weight_gradient(outputs, inputs, n * k * g)
         grad = grad.view(n, k, g, v, -1, *self.shape[1:]).movedim(3, 0).flatten(3, 4)
         return grad.sum(2) if k > 1 else grad.squeeze(2)
+
+    def take(self, samples: Sequence[int]) -> Structure:
+        at = list(samples)
+        return self._taken(samples, cotangent=self.cotangent[:, at], input=self.input[at])
 
     def sum(self, weights: Tensor | None = None) -> Tensor:
         cotangent = self.cotangent.sum(0) if self.columns > 1 else self.cotangent[0]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Size, Tensor
 
@@ -34,6 +36,9 @@ class Shift(Structure):
     def form(self) -> Tensor:
         return self.values
 
+    def take(self, samples: Sequence[int]) -> Structure:
+        return self._taken(samples, values=self.values[:, list(samples)])
+
     def block(self) -> int:
         return max(1, self.samples)  # nothing to form: one block
 
@@ -41,6 +46,9 @@ class Shift(Structure):
         if weights is None:
             return self.values.sum((0, 1))
         return torch.tensordot(weights, self.values.sum(0), 1)
+
+    def sum_of_squares(self) -> Tensor:
+        return self.values.square().sum((0, 1))
 
     def squared_norms(self) -> Tensor:
         return squared_norm(self.values, 2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cached_property
 from typing import NamedTuple
 
@@ -58,6 +59,10 @@ class Lookup(Structure):
         values, keys = self.values[:, start:stop].flatten(1, 2), self.keys(start, stop)
         rows = scatter(values, keys, (stop - start) * self.shape[0], 1)
         return rows.reshape(self.columns, stop - start, *self.shape)
+
+    def take(self, samples: Sequence[int]) -> Structure:
+        at = list(samples)
+        return Lookup(self.values[:, at], self.indices[at], self.shape)
 
     def sum(self, weights: Tensor | None = None) -> Tensor:
         values = self.values.sum(0) if self.columns > 1 else self.values[0]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Size, Tensor
 
@@ -39,6 +41,10 @@ class Outer(Structure):
             product = _products(folded, right, False).unflatten(2, (v, o)).movedim(2, 0)
             product = product.mT if self.transposed else product
         return product.reshape(*product.shape[:2], *self.shape)
+
+    def take(self, samples: Sequence[int]) -> Structure:
+        at = list(samples)
+        return self._taken(samples, left=self.left[:, at], right=self.right[at])
 
     def sum(self, weights: Tensor | None = None) -> Tensor:
         left = self.left.sum(0) if self.columns > 1 else self.left[0]
@@ -81,7 +87,7 @@ class Outer(Structure):
 
     def settled(self) -> Structure:
         t, o, i = self.tokens, self.outputs, self.inputs
-        return Dense(self.form()) if 1 < t and t * (o + i) >= o * i else self
+        return Dense(self.form()) if t > 1 and t * (o + i) >= o * i else self
 
     def dots(self, direction: Tensor) -> Tensor:
         matrix = self._matrix(direction)
