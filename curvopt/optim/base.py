@@ -55,6 +55,8 @@ class EngineOptimizer(torch.optim.Optimizer):
     saved: ClassVar[tuple[str, ...]] = ("steps",)
     #: Refuse a loss that is not finite.
     finite_loss = True
+    #: Leaves of the graph that are not this optimizer's get their gradient too, as in torch.
+    serves_others = True
     # Makes GradScaler leave the scale to `step`, which refuses it.
     _step_supports_amp_scaling = True
 
@@ -205,7 +207,8 @@ class EngineOptimizer(torch.optim.Optimizer):
                 )
             computation = Computation(tape, loss, self.reduction, finite=self.finite_loss)
             self._begin_pass()
-            computation.backward_to_others()
+            if self.serves_others:
+                computation.backward_to_others()
             with torch.no_grad():
                 self._accumulate(computation, wanted)
             self._note(recorded=True)

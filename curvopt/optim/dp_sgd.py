@@ -52,6 +52,7 @@ class PrivateOptimizer(EngineOptimizer):
     """
 
     saved = ("steps", "nonfinite_samples")
+    serves_others = False  # their gradient would not be private
     finite_loss = False  # one sample may make it infinite; its gradient is left out then
 
     def __init__(
@@ -88,7 +89,7 @@ class PrivateOptimizer(EngineOptimizer):
         self.norms: Tensor | None = None
         self.nonfinite_samples = 0
         self._noise = GaussianNoise(generator, secure=secure_noise)
-        self._equal_sizes = (-1, 0)  # the size of the last logical batch, how often in a row
+        self._sizes = (-1, 0)  # of the last logical batch, and how often in a row
 
     def _move(self, group: dict[str, Any], params: list[Tensor]) -> None:
         """Move a group's parameters along their private ``grad``."""
@@ -177,19 +178,25 @@ class PrivateOptimizer(EngineOptimizer):
             p.grad = grad.to(p.dtype)
 
     def _check_sizes(self, size: int) -> None:
-        last, count = self._equal_sizes
-        self._equal_sizes = size, count + 1 if size == last else 1
+        """Warn of batch sizes that the expected size and the sampler do not explain."""
+        last, count = self._sizes
+        self._sizes = size, count + 1 if size == last else 1
+        expected = self.expected_batch_size
+        if size > expected + 10 * expected**0.5 + 10:
+            warnings.warn(
+                f"a batch has {size} samples where {expected:g} are expected. If the model treats "
+                "the rows of a sample as samples of their own, give batch_size=: privacy is that "
+                "of one sample",
+                stacklevel=5,
+            )
         # At a variance of 5 and more, two sizes agree with a probability below 1/7.
-        if (
-            self.sampler == "poisson"
-            and self._equal_sizes[1] == EQUAL_SIZES
-            and size * (1 - self.sample_rate) >= 5
-        ):
+        varies = self.sampler == "poisson" and size * (1 - self.sample_rate) >= 5
+        if varies and self._sizes[1] == EQUAL_SIZES:
             warnings.warn(
                 f"{EQUAL_SIZES} batches in a row had {size} samples: this is not Poisson sampling, "
                 "so the epsilon that is accounted does not hold. Draw batches with "
                 "curvopt.privacy.PoissonBatchSampler, or say sampler='shuffle'",
-                stacklevel=4,
+                stacklevel=5,
             )
 
     # -- what it costs, and what was seen ---------------------------------------------------------
