@@ -241,7 +241,7 @@ class Computation:
         given, rows = self.tape.batch_size, list(outputs[0].shape)
         uses = self.record.uses
         first = list(uses[0].shape) if uses else rows
-        counts = sample_counts(tuple(first), tuple(rows)) if given is None else [given]
+        counts = sample_counts(tuple(first), tuple(rows), self.tape.hint) if given is None else [given]
         mixing = None
         for n in counts:
             # All terms share one kind of layout: trying every combination would find chance hits.
@@ -318,7 +318,7 @@ class Computation:
         """A batch of one cannot mix, but many rows of a loss must all be that sample's."""
         found = {use: options[0] if options else None for use, options in candidates.items()}
         rows = outputs[0].shape[0]
-        if self.tape.batch_size is None and rows > 1 and candidates:
+        if self.tape.hint != 1 and rows > 1 and candidates:
             first = next(iter(candidates))
             half = torch.zeros(2, rows, *[1] * (outputs[0].ndim - 1))
             half[0, ::2], half[1, 1::2] = 1, 1

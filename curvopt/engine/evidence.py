@@ -59,9 +59,11 @@ def indexes_samples(tape: Tape, arguments: Arguments, all_shared: bool) -> bool:
 
 def _holds_samples(tape: Tape, shape: torch.Size) -> bool:
     """Whether indices of this shape are data; an axis of size 1 is for broadcasting."""
-    if not tape.record.uses:  # the model's first op meets data
-        return len(shape) > 0 and (shape[0] != 1 or tape.hint == 1)
-    return tape.hint in (shape[:2] if shape[:1] != (1,) else shape[:1])
+    if not shape or tape.hint == 1:
+        return tape.hint == 1
+    if not tape.record.uses and tape.hint and shape[0] % tape.hint == 0:
+        return True  # the model's first op meets data, which it may have flattened
+    return shape[0] == tape.hint or (shape[0] != 1 and tape.hint in shape[1:2])
 
 
 def gives_copies(target_shape: Callable[[Arguments], Sequence[int]]) -> Callable[..., bool]:

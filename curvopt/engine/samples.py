@@ -63,7 +63,9 @@ def layouts(shape: tuple[int, ...], n: int) -> Iterator[Layout]:
         yield Layout("time-flat", n, shape[0] // n)
 
 
-def sample_counts(first_use: tuple[int, ...], rows: tuple[int, ...]) -> list[int]:
+def sample_counts(
+    first_use: tuple[int, ...], rows: tuple[int, ...], hint: int | None = None
+) -> list[int]:
     """Numbers of samples that agree with the first recorded use and the loss, likeliest first.
 
     Equal leading sizes settle it. Otherwise the loss may have several rows per sample (a language
@@ -72,13 +74,15 @@ def sample_counts(first_use: tuple[int, ...], rows: tuple[int, ...]) -> list[int
     Args:
         first_use: shape of the first recorded op's output.
         rows: shape of the loss's first argument.
+        hint: leading size of the first data that the model met.
     """
     if not first_use or not rows:
         return []
     first, loss_rows = first_use[0], rows[0]
-    if first == loss_rows:
+    agrees = all(next(layouts(shape, hint or 0), None) for shape in (first_use, rows))
+    if first == loss_rows == (hint or first):
         return [first]
-    counts = []
+    counts = [hint] if agrees else []
     if first and loss_rows % first == 0:
         counts.append(first)
     if next(layouts(first_use, loss_rows), None) is not None:

@@ -280,6 +280,8 @@ class Tape(TorchFunctionMode):
                     tracked = tracked or bool(entry.roots)
                 else:
                     all_shared = False
+                    if self.hint is None and value.ndim:  # the first data that the model meets
+                        self.hint = value.shape[0]
             elif type(value) in (list, tuple):
                 inner = self._classify(value, None)
                 tracked, tensors = tracked or inner[0], tensors or inner[2]
