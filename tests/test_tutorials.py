@@ -1,0 +1,51 @@
+"""Every tutorial runs, compares itself with autograd, and draws what it says it draws."""
+
+import re
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from curvopt.engine.registry import MODULE_RULES
+from tests.test_datasets import write_mnist
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+TUTORIALS = {  # script: its picture
+    "batched_jacobians": "jacobian.png",
+    "physics_informed": "physics.png",
+    "custom_module": None,
+    "variance_gradient": None,
+    "tangent_kernel": "kernel.png",
+}
+
+
+@pytest.fixture(autouse=True)
+def _beside_their_helper(monkeypatch):
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    rules = dict(MODULE_RULES)
+    yield
+    MODULE_RULES.clear()
+    MODULE_RULES.update(rules)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:matplotlib")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:pyparsing")
+@pytest.mark.parametrize("name", TUTORIALS)
+def test_tutorial(name, tmp_path, monkeypatch, capsys):
+    arguments = ["--out", str(tmp_path)] if TUTORIALS[name] else []
+    if name == "variance_gradient":
+        write_mnist(tmp_path)
+        arguments = ["--data-dir", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", [name, "--smoke", *arguments])
+    runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name="__main__")
+    assert re.findall(r"largest error against autograd \d", capsys.readouterr().out)
+    if TUTORIALS[name]:
+        assert (tmp_path / TUTORIALS[name]).read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_tutorial_that_is_off_fails():
+    agree = runpy.run_path(str(EXAMPLES / "compare.py"))["agree"]
+    with pytest.raises(SystemExit, match="it is off"):
+        agree("it", torch.ones(2), torch.zeros(2))
