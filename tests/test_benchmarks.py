@@ -22,7 +22,15 @@ harness, jacobians, optimizers, private_step, problems, quantities, report = map
     ("harness", "jacobians", "optimizers", "private_step", "problems", "quantities", "report"),
 )
 CPU = torch.device("cpu")
-THREADS = ["--threads", str(torch.get_num_threads())]
+THREADS = ["--threads", "1"]  # two would wait for each other on a busy machine
+
+
+@pytest.fixture(autouse=True)
+def threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture
