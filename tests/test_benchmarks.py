@@ -115,11 +115,11 @@ def test_timed_benchmarks_run(script, options, tiny, tmp_path):
     assert "| :-- |" in (tmp_path / f"{name}.md").read_text()
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # forward mode in torch.func
 def test_jacobians_agree_and_are_drawn(tmp_path, monkeypatch):
     monkeypatch.setattr(jacobians, "SIZES", {"N": (2, 3), "outputs": (2,)})
-    jacobians.main(["--rounds", "1", *THREADS, "--out", str(tmp_path)])
-    runs = json.loads((tmp_path / "jacobians.json").read_text())["problems"]["hessian_diag"]
+    settings = ["--problem", "jacobian", "--rounds", "1", *THREADS]
+    jacobians.main([*settings, "--out", str(tmp_path)])
+    runs = json.loads((tmp_path / "jacobians.json").read_text())["problems"]["jacobian"]
     assert [run["N"] for run in runs] == [2, 3, 16]
     assert (tmp_path / "jacobians.png").exists()
 
