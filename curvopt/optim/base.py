@@ -69,6 +69,7 @@ class EngineOptimizer(torch.optim.Optimizer):
         reduction: str | None = None,
         generator: Generator | None = None,
     ):
+        self._validate(defaults)
         super().__init__(params, defaults)
         self.batch_size, self.reduction, self.generator = batch_size, reduction, generator
         self.steps = 0
@@ -86,7 +87,8 @@ class EngineOptimizer(torch.optim.Optimizer):
         lr = group["lr"]
         if isinstance(lr, Tensor) and lr.numel() != 1:
             raise ValueError(f"Invalid learning rate: {lr} (a tensor must have one element)")
-        for key, name in (("lr", "learning rate"), ("weight_decay", "weight_decay")):
+        names = {"lr": "learning rate", "weight_decay": "weight_decay", "momentum": "momentum"}
+        for key, name in names.items():
             if not 0 <= group.get(key, 0) < float("inf"):
                 raise ValueError(f"Invalid {name}: {group[key]}")
 
@@ -138,7 +140,8 @@ class EngineOptimizer(torch.optim.Optimizer):
             CurvoptError: the closure returns no loss, the loss is not finite, a backward pass went
                 unrecorded, ...; parameters, gradients and state are as before.
         """
-        before = [(p, p.grad) for p in self._parameters()]
+        grads = [(p, p.grad) for p in self._parameters()]
+        before = list(self.collected), self._left, self._recorded
         loss = None
         try:
             self._refuse_scaling()
@@ -153,9 +156,9 @@ class EngineOptimizer(torch.optim.Optimizer):
             self._update()
             self.steps = taken + 1
         except BaseException:
-            for p, grad in before:
+            for p, grad in grads:
                 p.grad = grad
-            self._forget()
+            self.collected, self._left, self._recorded = before
             raise
         self.collected.clear()
         self._note(recorded=False)
@@ -209,8 +212,16 @@ class EngineOptimizer(torch.optim.Optimizer):
             self._begin_pass()
             if self.serves_others:
                 computation.backward_to_others()
-            with torch.no_grad():
-                self._accumulate(computation, wanted)
+            try:
+                with torch.no_grad():
+                    self._accumulate(computation, wanted)
+            except CurvoptError as error:
+                if not tape.spent:
+                    raise
+                raise CurvoptError(
+                    f"{error}. Or was this a second backward pass over one forward pass? Then add "
+                    "the losses and call backward once"
+                ) from error
             self._note(recorded=True)
             tape.consume(computation.reached)
 
@@ -325,8 +336,8 @@ class EngineOptimizer(torch.optim.Optimizer):
         super().__setstate__(state)
         self._forget()
         for group in self.param_groups:  # of an older version, which lacked some settings
-            for key, value in self.defaults.items():
-                group.setdefault(key, value)
+            for key in self.defaults.keys() - {"differentiable"}:  # which torch adds
+                group.setdefault(key, self.defaults[key])
 
     def _parameters(self) -> Iterable[Tensor]:
         return (p for group in self.param_groups for p in group["params"])

@@ -122,7 +122,7 @@ class VarianceAdaptiveSGD(EngineOptimizer):
 
     def _validate(self, group: dict[str, Any]) -> None:
         super()._validate(group)
-        if not 0 <= group["momentum"] < 1:
+        if not group["momentum"] < 1:
             raise ValueError(f"Invalid momentum: {group['momentum']}")
 
     # -- backward passes --------------------------------------------------------------------------
