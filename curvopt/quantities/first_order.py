@@ -134,16 +134,15 @@ class ClippedGradSum(Quantity):
         self, structures: dict[Tensor, Structure], context: Context
     ) -> dict[Tensor, Tensor]:
         structures = {p: structure.settled() for p, structure in structures.items()}
-        squares = torch.stack([s.squared_norms()[0] for s in structures.values()])
+        parts = [structure.squared_norms()[0] for structure in structures.values()]
+        squares = torch.stack(parts)
         factor = context.factor
         weights = self.weights(squares if factor == 1 else squares * factor**2) * factor
         left_out = weights[0] == 0
-        if not left_out.any():
-            return {p: s.sum(w) for (p, s), w in zip(structures.items(), weights, strict=True)}
-        # Rows that are not finite must not meet the sum, not even times zero.
+        some = bool(left_out.any())
         return {
-            p: _sum_without(left_out, structure, w)
-            for (p, structure), w in zip(structures.items(), weights, strict=True)
+            p: _sum_without(left_out, s, w.to(part)) if some else s.sum(w.to(part))
+            for (p, s), w, part in zip(structures.items(), weights, parts, strict=True)
         }
 
 
