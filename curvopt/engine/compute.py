@@ -263,7 +263,8 @@ class Computation:
         raise CurvoptError(
             f"samples are not separate: the loss of one sample depends on others at {mixing}. "
             "Per-sample quantities need a model that treats samples one by one (no statistics "
-            "over the batch). If the samples are not on the first axis, give batch_size="
+            "over the batch). If the samples are not on the first axis, give batch_size=; if the "
+            "op's data is a constant for all samples (positions, say), make it a buffer"
         )
 
     def _readable(self, term: Loss, n: int, first: list[int]) -> Iterator[Layout]:
@@ -272,6 +273,7 @@ class Computation:
         (A batch that the model handles in parts looks the same as time steps.)
         """
         time_first = first[1:2] == [n] and len(first) > 2 and first[0] * n == term.output.shape[0]
+        time_first = time_first and first[0] != n
         for layout in term.layouts(n):
             shown = layout.kind == "batch" or (layout.kind == "time-flat" and time_first)
             if shown or self.tape.batch_size is not None:

@@ -63,7 +63,8 @@ def _holds_samples(tape: Tape, shape: torch.Size) -> bool:
         return tape.hint == 1
     if not tape.record.uses and tape.hint and shape[0] % tape.hint == 0:
         return True  # the model's first op meets data, which it may have flattened
-    return shape[0] == tape.hint or (shape[0] != 1 and tape.hint in shape[1:2])
+    time_first = tape.hint in shape[1:2] and (shape[0] != 1 or not tape.record.uses)
+    return shape[0] == tape.hint or time_first
 
 
 def gives_copies(target_shape: Callable[[Arguments], Sequence[int]]) -> Callable[..., bool]:
