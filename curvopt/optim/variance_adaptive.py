@@ -194,7 +194,7 @@ class VarianceAdaptiveSGD(EngineOptimizer):
         rates = {p: float(group["lr"]) for group in self.param_groups for p in group["params"]}
         scatters = torch.stack([part.sum() for part in batch.scatter.values()])
         gradient, variance = batch.norms.sum(), n / (n - 1) * scatters.sum()
-        weighted = scatters @ torch.tensor([rates[p] for p in batch.scatter]).to(scatters)
+        weighted = scatters @ scatters.new_tensor([rates[p] for p in batch.scatter])
         seen = {
             "weight": torch.ones_like(gradient),
             "gradient": gradient,
