@@ -439,7 +439,8 @@ class Computation:
                 structures = {p: s.take(chosen) for p, s in structures.items()}
             count = self.samples if chosen is None else len(chosen)
             for quantity in asked:
-                context = Context(count, *self._scaling(one, quantity, share))
+                first = quantity not in results
+                context = Context(count, *self._scaling(one, quantity, share), first)
                 part = quantity.reduce_all(structures, context)
                 if quantity in results:
                     before = results[quantity]

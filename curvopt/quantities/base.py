@@ -55,11 +55,13 @@ class Context:
         samples: N.
         factor: number that the rows must be multiplied by.
         share: sample n's share w_n of the loss, a number or ``[N]``; None if its terms differ.
+        first: these are the first columns of the pass.
     """
 
     samples: int
     factor: float = 1.0
     share: float | Tensor | None = 1.0
+    first: bool = True
 
 
 class Quantity:

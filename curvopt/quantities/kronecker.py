@@ -81,7 +81,7 @@ class KFLR(Quantity):
                 result[p] = Factors(())
                 continue
             reduce = self.tokens == "reduce"
-            factors = structure.kronecker(reduce=reduce, bias=p in with_bias)
+            factors = structure.kronecker(reduce=reduce, bias=p in with_bias, inputs=context.first)
             result[p] = factors if context.factor == 1 else factors.scaled(context.factor**2)
         return result
 

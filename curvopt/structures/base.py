@@ -155,12 +155,15 @@ class Structure(ABC):
             1,
         )
 
-    def kronecker(self, *, reduce: bool = False, bias: bool = False) -> Factors:
+    def kronecker(
+        self, *, reduce: bool = False, bias: bool = False, inputs: bool = True
+    ) -> Factors:
         """Kronecker factors of ``sum_vn row_vn row_vn^T``: the exact block, if nothing is cheaper.
 
         Args:
             reduce: sum over a sample's tokens first, instead of taking them for samples.
             bias: with a constant input, whose column is that of a bias (matrices only).
+            inputs: with the factor of the inputs, which is the same for all columns; else empty.
 
         Raises:
             CurvoptError: the block has no Kronecker factors and is too large to form.

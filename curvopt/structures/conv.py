@@ -118,8 +118,17 @@ class Conv(Structure):
             return self.patches().gram(other.patches())
         return super().gram(other)
 
-    def kronecker(self, *, reduce: bool = False, bias: bool = False) -> Factors:
-        return self.patches().kronecker(reduce=reduce, bias=bias)
+    def kronecker(
+        self, *, reduce: bool = False, bias: bool = False, inputs: bool = True
+    ) -> Factors:
+        if reduce or bias or self.groups > 1:
+            return self.patches().kronecker(reduce=reduce, bias=bias, inputs=inputs)
+        cotangent = self.cotangent.flatten(0, 2).flatten(2)
+        outputs = _gram(cotangent) / max(1, self.positions)
+        if not inputs:
+            return Factors((outputs, outputs.new_empty(0)))
+        patches = self._unfolded(self.input)[:, 0]
+        return Factors((outputs, _gram(patches.mT) / max(1, self.samples)))
 
     def settled(self) -> Structure:
         t, (o, i) = self.positions, (self.shape[0] // self.groups, self.shape[1:].numel())
@@ -162,3 +171,9 @@ class Conv(Structure):
             (False, True, False),
         )
         return grad
+
+
+def _gram(rows: Tensor) -> Tensor:
+    """``sum_b rows_b rows_b^T`` of ``[B, D, T]``, without a copy of the rows."""
+    size = rows.shape[1]
+    return torch.addbmm(rows.new_zeros(size, size), rows, rows.mT)

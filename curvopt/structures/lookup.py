@@ -95,16 +95,18 @@ class Lookup(Structure):
     def weighted(self, weights: Tensor) -> Tensor:
         return self.scatter(torch.einsum("vn,vnmd->nmd", weights, self.values))
 
-    def kronecker(self, *, reduce: bool = False, bias: bool = False) -> Factors:
+    def kronecker(
+        self, *, reduce: bool = False, bias: bool = False, inputs: bool = True
+    ) -> Factors:
         """As in `Outer.kronecker`, lookups for tokens: one-hot inputs make a diagonal factor.
 
         Always expanded: a mean of one-hot inputs would make a matrix of the table's size.
         """
         ones = self.values.new_ones(self.indices.numel())
-        inputs = scatter(ones, self.indices.flatten(), self.shape[0]) / max(1, self.samples)
+        counts = scatter(ones, self.indices.flatten(), self.shape[0]) / max(1, self.samples)
         values = self.values.flatten(0, 2)
         outputs = values.mT @ values / max(1, self.indices.shape[1])
-        return Factors((inputs, outputs), outputs=1)
+        return Factors((counts, outputs), outputs=1)
 
 
 def scatter(values: Tensor, indices: Tensor, size: int, axis: int = 0) -> Tensor:

@@ -116,7 +116,9 @@ class Outer(Structure):
             result = result + torch.stack(columns)
         return result
 
-    def kronecker(self, *, reduce: bool = False, bias: bool = False) -> Factors:
+    def kronecker(
+        self, *, reduce: bool = False, bias: bool = False, inputs: bool = True
+    ) -> Factors:
         """As in `Structure.kronecker`: inputs are averaged over samples, cotangents summed.
 
         Tokens taken for samples are summed in the inputs' factor and averaged in the other.
@@ -126,13 +128,13 @@ class Outer(Structure):
             right = torch.cat([right, right.new_ones(*right.shape[:-1], 1)], -1)
         if reduce:
             left, right = left.sum(-2, keepdim=True), right.mean(-2, keepdim=True)
-        right = right.transpose(0, 1).flatten(1, 2)
+        right = (right if inputs else right[:0]).transpose(0, 1).flatten(1, 2)
         left = left.movedim(2, 0).flatten(1, 3)
-        inputs = right.mT @ right / max(1, self.samples)
-        outputs = left.mT @ left / (1 if reduce else max(1, self.tokens))
+        ours = right.mT @ right / max(1, self.samples)
+        theirs = left.mT @ left / (1 if reduce else max(1, self.tokens))
         if self.groups == 1:
-            inputs, outputs = inputs[0], outputs[0]
-        pair = (inputs, outputs) if self.transposed else (outputs, inputs)
+            ours, theirs = ours[0], theirs[0]
+        pair = (ours, theirs) if self.transposed else (theirs, ours)
         return Factors(pair, outputs=int(self.transposed))
 
     def _matrix(self, value: Tensor) -> Tensor:

@@ -173,13 +173,15 @@ class Pulled(Structure):
             return self.inner.gram(other.inner)
         return super().gram(other)
 
-    def kronecker(self, *, reduce: bool = False, bias: bool = False) -> Factors:
+    def kronecker(
+        self, *, reduce: bool = False, bias: bool = False, inputs: bool = True
+    ) -> Factors:
         value, parameter = self.value, self.parameter
         transposed = value.ndim == parameter.ndim == 2 and value.shape == parameter.mT.shape
         if self.isometry and transposed and value.stride() == parameter.mT.stride():
-            factors = self.inner.kronecker(reduce=reduce, bias=bias)
+            factors = self.inner.kronecker(reduce=reduce, bias=bias, inputs=inputs)
             return Factors(reversed(factors), len(factors) - 1 - factors.outputs)
-        return super().kronecker(reduce=reduce, bias=bias)
+        return super().kronecker(reduce=reduce, bias=bias, inputs=inputs)
 
 
 def total(parts: list[Structure]) -> Structure:
