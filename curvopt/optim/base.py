@@ -191,6 +191,8 @@ class EngineOptimizer(torch.optim.Optimizer):
             ...     loss.backward()
             >>> opt.step()
         """
+        if (wrapped := _wrapped(self)) is not None:
+            return wrapped.record()
         wanted = self._wanted()
         if not wanted:
             return PlainBackward(self)
@@ -264,6 +266,8 @@ class EngineOptimizer(torch.optim.Optimizer):
         Args:
             set_to_none: to None, or to zeros (fresh ones: a failed step gives the old ones back).
         """
+        if (wrapped := _wrapped(self)) is not None:
+            return wrapped.zero_grad(set_to_none)
         for p in self._parameters():
             if p.grad is not None:
                 p.grad = None if set_to_none else torch.zeros_like(p.grad)
@@ -356,6 +360,11 @@ class EngineOptimizer(torch.optim.Optimizer):
         """The parameter's name and shape, for messages."""
         name = next(name for name, p in self._named() if p is parameter)
         return f"{name} {list(parameter.shape)}"
+
+
+def _wrapped(optimizer: EngineOptimizer) -> EngineOptimizer | None:
+    """The optimizer behind Lightning's wrapper, which poses as an instance of its class."""
+    return vars(optimizer).get("_optimizer")
 
 
 class PlainBackward(TorchFunctionMode):

@@ -63,22 +63,23 @@ def test_steps_follow_the_formulas(case, debiased, momentum, every):
 @pytest.mark.parametrize("maximize", [False, True])
 def test_without_noise_it_is_sgd(momentum, maximize):
     """All samples alike: gamma = 1, and the step is torch's to the last digits."""
-    runs = []
-    for make in (curvopt.VarianceAdaptiveSGD, torch.optim.SGD):
+
+    def run(make):
         problem = Case("mlp-tanh", "ce").build(n=1)
         x, y = problem.x.expand(6, -1), problem.y.expand(6)
         opt = make(problem.params, lr=0.1, momentum=momentum, maximize=maximize)
+
+        def closure():
+            opt.zero_grad()
+            loss = problem.loss_fn(problem.model(x), y)
+            loss.backward()
+            return loss
+
         for _ in range(10):
-
-            def closure():
-                opt.zero_grad()
-                loss = problem.loss_fn(problem.model(x), y)
-                loss.backward()
-                return loss
-
             opt.step(closure)
-        runs.append(oracles.flat(problem.params))
-    assert_close(runs[0], runs[1], 1e-12)
+        return oracles.flat(problem.params)
+
+    assert_close(run(curvopt.VarianceAdaptiveSGD), run(torch.optim.SGD), 1e-12)
 
 
 @pytest.mark.parametrize("scale", [1.0, 2.0, 30.0])
