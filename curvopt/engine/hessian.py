@@ -14,7 +14,17 @@ from curvopt.engine.registry import Rule
 from curvopt.errors import CurvoptError
 from curvopt.losses.base import per_sample
 from curvopt.quantities.base import HESSIAN, ROOT, Pass
-from curvopt.structures import Disjoint, Structure, total
+from curvopt.structures import (
+    Conv,
+    Disjoint,
+    Lookup,
+    Outer,
+    Permuted,
+    Pulled,
+    Shift,
+    Structure,
+    total,
+)
 
 if TYPE_CHECKING:
     from curvopt.engine.compute import Computation
@@ -112,7 +122,9 @@ class Hessian:
             plain = type(use.rule) is Rule and use not in uncovered
             for name, value in use.values.items():
                 roots = [self.tape.by_id[root] for root in value.roots]
-                if not (plain and value.isometry and _is_linear(use, use.arguments[name], grad[0])):
+                linear = all(_is_bilinear(part) for p in roots for part in parts.get(p, ()))
+                linear = linear or _is_linear(use, use.arguments[name], grad[0])
+                if not (plain and value.isometry and linear):
                     barred.update(roots)
                 for p in roots:
                     by_parameter[p].append(use)
@@ -335,6 +347,12 @@ class ParameterHessian:
         return result
 
 
+def _is_bilinear(structure: Structure) -> bool:
+    """Whether the rows say by their form that the op is linear in the parameter."""
+    inner = structure.inner if isinstance(structure, (Pulled, Permuted)) else structure
+    return type(inner) in (Conv, Lookup, Outer, Shift)
+
+
 def _is_linear(use: Use, leaf: Tensor, grad: Tensor) -> bool:
     """Whether the op's output is linear in the parameter: a random second derivative is zero."""
     generator = torch.Generator().manual_seed(0)
@@ -369,7 +387,10 @@ def affine_edges(outputs: list[Tensor], nodes: list[Any]) -> set[Any]:
         name = type(node).__name__.split("Backward")[0]
         several = name in PRODUCTS and len(following) > 1
         divisor = name == "Div" and node.next_functions[1:] and node.next_functions[1][0] in data
-        if not clean[node] or name not in PIECEWISE_LINEAR or several or divisor:
+        linear = name in PIECEWISE_LINEAR
+        if name == "NativeBatchNorm":
+            linear = not node._saved_training
+        if not (clean[node] and linear) or several or divisor:
             clean.update(dict.fromkeys(following, False))
     return {node for node in nodes if clean.get(node, False)}
 

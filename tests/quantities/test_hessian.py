@@ -82,6 +82,34 @@ UNUSUAL = {
         ),
         (3, 2),
     ),
+    "class-token": (
+        lambda: module(
+            lambda m, x: torch.cat([m.c.expand(len(x), 1, -1), m.a(x)], 1).tanh().sum(1),
+            a=nn.Linear(2, 3),
+            c=nn.Parameter(torch.randn(1, 1, 3)),
+        ),
+        (2, 2),
+    ),
+    "layer-norm": (
+        lambda: nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4), nn.Tanh(), nn.Linear(4, 2)),
+        (3,),
+    ),
+    "batch-norm-eval": (
+        lambda: nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4).eval(), nn.Linear(4, 2)),
+        (3,),
+    ),
+    "divisor": (
+        lambda: module(lambda m, x: m.a(x / m.s), a=nn.Linear(3, 3), s=nn.Parameter(torch.rand(3))),
+        (3,),
+    ),
+    "power": (
+        lambda: module(lambda m, x: x.abs() ** m.s, s=nn.Parameter(torch.rand(3) + 2)),
+        (3,),
+    ),
+    "lstm": (
+        lambda: module(lambda m, x: m.r(x)[0][:, -1], r=nn.LSTM(2, 3, batch_first=True)),
+        (2, 2),
+    ),
     "bilinear-in-tokens": (
         lambda: module(lambda m, x: m.a(x).square().sum(1), a=nn.Linear(2, 3)),
         (3, 2),
