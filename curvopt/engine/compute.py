@@ -34,6 +34,9 @@ CHUNK_BYTES = 1 << 26
 # repeated forward pass is not checked again.
 _known_layouts: Any = WeakTensorKeyDictionary()
 
+# Forward passes, likewise, that needed no slow path: the next pass over such a graph may free it.
+_known_fast: Any = WeakTensorKeyDictionary()
+
 
 class Values(Mapping[Tensor, Any]):
     """One quantity's values, keyed by the parameter."""
@@ -138,6 +141,8 @@ class Computation:
         self.terms: list[Loss] = []
         self.inconclusive = False
         self.reached: list[Use] = []
+        #: Whether some use was left to the slow path, which goes over the graph again.
+        self.slow = False
 
     # -- public -----------------------------------------------------------------------------------
 
@@ -151,6 +156,7 @@ class Computation:
         if all(isinstance(quantity, Gradient) for quantity in quantities):
             return {q.field: Values(q.field, self.gradient(free=free)) for q in quantities}
         values: dict[str, Any] = {}
+        free = free and self._fast(("run", self._key))
         with torch.set_grad_enabled(self.tape.create_graph):
             self._prepare()
             passes = self._passes(quantities)
@@ -159,6 +165,7 @@ class Computation:
                 for quantity, result in self._run_pass(one, asked, last).items():
                     whole = not isinstance(result, dict)
                     values[quantity.field] = result if whole else Values(quantity.field, result)
+        self._remember(("run", self._key))
         return values
 
     def gradient(self, *, free: bool = False) -> dict[Tensor, Tensor]:
@@ -169,7 +176,8 @@ class Computation:
             return {p: g for p, g in zip(params, grads, strict=True) if g is not None}
         one = self.loss.new_ones(1, *self.loss.shape)
         custom = {u for u in self.record.uses if isinstance(u.rule, FunctionRule)}
-        uses, cotangents, direct = self._pull([self.loss], [one], free and not custom)
+        free = free and not custom and self._fast(("gradient", self._key))
+        uses, cotangents, direct = self._pull([self.loss], [one], free)
         self.reached = uses
         result = {p: grad[0] for p, grad in direct.items()}
         # A sum over the samples does not need to know them: the batch counts as one sample. Custom
@@ -180,6 +188,8 @@ class Computation:
         }
         with torch.no_grad():
             parts, uncovered = self._structures(uses, cotangents, whole)
+            self.slow = bool(uncovered)
+            self._remember(("gradient", self._key))
             for use in uncovered:
                 leaves = [use.arguments[name] for name in use.values]
                 grads = torch.autograd.grad(self.loss, leaves, retain_graph=True)
@@ -221,11 +231,27 @@ class Computation:
         #: Every sample of every term has one share: its own loss is the loss times a number.
         self.uniform = all(not isinstance(s, Tensor) and s == first for s in self.shares)
 
+    @property
+    def _key(self) -> tuple[Any, ...]:
+        """What repeated forward passes have in common."""
+        tape, record = self.tape, self.record
+        return record.signature, len(record.uses), tape.batch_size, len(tape.params)
+
+    def _fast(self, key: tuple[Any, ...]) -> bool:
+        return key in _known_fast.get(self.tape.params[0], ())
+
+    def _remember(self, key: tuple[Any, ...]) -> None:
+        known = _known_fast.setdefault(self.tape.params[0], set())
+        if len(known) > 1000:
+            known.clear()
+        if not self.slow:
+            known.add(key)
+
     def _layouts(self) -> tuple[int, list[Layout], dict[Use, Layout | None]]:
         """Number of samples, and the sample axis of every term and use, checked once."""
         uses = self.record.uses
         known = _known_layouts.setdefault(self.tape.params[0], {})
-        key = (self.record.signature, len(uses), self.tape.batch_size, len(self.tape.params))
+        key = self._key
         if key not in known:
             if len(known) > 1000:  # shapes that never repeat
                 known.clear()
@@ -429,6 +455,7 @@ class Computation:
             uses, grads, direct = self._pull(outputs, cotangents, free and following is None)
             self.reached = uses
             parts, uncovered = self._structures(uses, grads, self.use_layouts)
+            self.slow = self.slow or bool(uncovered or direct)
             self._go_slowly(uncovered, direct, outputs, cotangents, parts)
             columns = len(cotangents[0])
             structures = {
