@@ -129,6 +129,7 @@ class PrivateOptimizer(EngineOptimizer):
         """Add a micro-batch to the logical batch's clipped sum."""
         uses = computation.record.uses
         if uses and 0 in uses[0].shape[:2]:
+            computation.reached = uses
             self._add({}, torch.zeros(0))  # no samples: no sum, but a step
             return
         values = computation.run(quantities, free=True)[self._clip.field]

@@ -47,11 +47,11 @@ def flat(params):
 def clipped_sum(problem, rows=slice(None), **options):
     """The clipped sum of some samples, as one vector."""
     x, y = (take(part, rows) for part in (problem.x, problem.y))
-    for p in problem.params:
-        p.grad = None
     opt = private(problem.params, batch_size=len(take(first(problem.x), rows)), **options)
     opt.step(lambda: problem.loss_fn(problem.model(x), y))
-    return flat(problem.params)
+    total = flat(problem.params)
+    opt.zero_grad()
+    return total
 
 
 def first(batch):
@@ -95,6 +95,7 @@ def zoo(name, dtype=torch.float32):
 # -- what a sample contributes -----------------------------------------------------------------
 
 
+@pytest.mark.filterwarnings("ignore:enable_nested_tensor")
 @pytest.mark.parametrize("model", [*cases.MODELS, *plain.MODELS, "reused"])
 def test_a_sample_contributes_at_most_the_clipping_norm(model):
     problem = zoo(model)
@@ -140,14 +141,13 @@ def test_the_sum_is_that_of_a_loop(clipping):
         assert_close(p.grad, torch.tensordot(factors, row, 1))
 
 
-@pytest.mark.parametrize("value", [INF, math.nan, 1e30])
+@pytest.mark.parametrize("value", [INF, -INF, math.nan])
 @modes
 def test_a_sample_that_is_not_finite_contributes_nothing(value, clipping):
     problem = zoo("convnet")
     expected = clipped_sum(problem, [0, 2, 3], clipping=clipping)
     problem.x[1, 0, 0] = value
-    opt = private(problem.params, clipping=clipping, max_grad_norm=0.1)
-    opt.zero_grad()
+    opt = private(problem.params, clipping=clipping)
     opt.step(problem.loss)
     torch.testing.assert_close(flat(problem.params), expected)
     opt.step(problem.loss)
@@ -443,14 +443,13 @@ def test_what_was_spent():
     report = str(opt.privacy_report(1e-5, unit="one row"))
     assert "one row of 400" in report
     assert "3 steps, sigma = 3, q = 0.01, C = 0.1, poisson" in report
-    _, opt = noise_of(0)
-    assert opt.privacy_spent(1e-5) == 0
+    assert private([nn.Parameter(torch.zeros(2))]).privacy_spent(1e-5) == 0
     _, opt = noise_of(noise_multiplier=0.0)
     assert opt.privacy_spent(1e-5) == INF
 
 
-def lower_bound(std_factor, trials=1200, delta=0.01):
-    """A lower bound of epsilon, 99.9 % sure, from telling two neighbouring batches apart."""
+def lower_bound(std_factor, trials=800, delta=0.01):
+    """A lower bound of epsilon, 95 % sure, from telling two neighbouring batches apart."""
     weight = nn.Parameter(torch.zeros(1))
     opt = private([weight], noise_multiplier=1.0, generator=seeded(3))
     draw = opt._noise.draw
@@ -468,20 +467,18 @@ def lower_bound(std_factor, trials=1200, delta=0.01):
     bounds = []
     for threshold in torch.linspace(0.5, 2.5, 9):
         hits, false = int((with_it > threshold).sum()), int((without > threshold).sum())
-        sure_hit = beta.ppf(0.0005, hits, trials - hits + 1)
-        sure_false = beta.ppf(0.9995, false + 1, trials - false)
+        sure_hit = beta.ppf(0.025, hits, trials - hits + 1)
+        sure_false = beta.ppf(0.975, false + 1, trials - false)
         bounds.append(math.log(max(sure_hit - delta, 1e-9) / sure_false))
-    return max(bounds), opt.ledger
+    return max(bounds)
 
 
 def test_neighbours_can_be_told_apart_no_better_than_is_claimed():
     ledger = PrivacyLedger()
     ledger.log(1.0, 1.0, sampler="none")
     claimed = ledger.epsilon(0.01)
-    measured, _ = lower_bound(1.0)
-    assert 0.3 * claimed < measured < claimed
-    betrayed, _ = lower_bound(0.5)
-    assert betrayed > claimed
+    assert 0.3 * claimed < lower_bound(1.0) < claimed
+    assert lower_bound(0.5) > claimed
 
 
 # -- state -----------------------------------------------------------------------------------------
@@ -490,7 +487,6 @@ def test_neighbours_can_be_told_apart_no_better_than_is_claimed():
 def run(opt, model, sampler, data, steps):
     batches = iter(sampler)
     for _ in range(steps):
-        x, y = (part[next(batches)] for part in data) if False else (None, None)
         rows = next(batches)
         x, y = data[0][rows], data[1][rows]
         opt.step(lambda x=x, y=y: F.cross_entropy(model(x), y))
@@ -517,7 +513,10 @@ def test_kill_and_resume(cls, adaptive):
 
     model, opt, sampler = start(1)
     run(opt, model, sampler, data, 9)
-    expected, epsilon = [p.detach().clone() for p in model.parameters()], opt.privacy_spent(1e-3)
+    expected, epsilon = (
+        [p.detach().clone() for p in model.parameters()],
+        opt.privacy_spent(1e-3, "rdp"),
+    )
 
     model, opt, sampler = start(1)
     run(opt, model, sampler, data, 4)
@@ -533,7 +532,7 @@ def test_kill_and_resume(cls, adaptive):
     run(opt, model, sampler, data, 5)
     for p, q in zip(model.parameters(), expected, strict=True):
         assert torch.equal(p, q)
-    assert opt.privacy_spent(1e-3) == epsilon
+    assert opt.privacy_spent(1e-3, "rdp") == epsilon
     assert opt.ledger.steps == 9
 
 
@@ -600,7 +599,7 @@ def test_what_mixes_or_remembers_samples_is_refused(layer, message):
     opt = private(model.parameters(), 1.0, noise_multiplier=1.0)
     x = torch.randn(5, 4)
     with pytest.raises(curvopt.CurvoptError, match=message):
-        opt.step(lambda: model(x).square().sum(1).mean())
+        opt.step(lambda: F.mse_loss(z := model(x), torch.zeros_like(z)))
     assert opt.ledger.steps == 0
     assert all(map(torch.equal, before, model.parameters()))
 
