@@ -233,9 +233,16 @@ class Linear(Divergence, Likelihood):
 
 @loss(F.kl_div)
 def kl_div(
-    output, value, target, size_average=None, reduce=None, reduction="mean", log_target=False, *,
-    logits=None,
-):  # fmt: skip
+    output: Tensor,
+    value: Tensor,
+    target: Tensor,
+    size_average: Any = None,
+    reduce: Any = None,
+    reduction: str = "mean",
+    log_target: bool = False,
+    *,
+    logits: Tensor | None = None,
+) -> Loss:
     """Kullback-Leibler divergence of a recorded ``log_softmax(logits)``."""
     reduction = reduction_of(dict(size_average=size_average, reduce=reduce, reduction=reduction))
     same_shape("kl_div", output, target)

@@ -12,6 +12,7 @@ from curvopt.errors import CurvoptError
 from curvopt.quantities.base import ROOT, Context, Quantity
 from curvopt.quantities.ggn import _Sketch
 from curvopt.structures import Structure
+from curvopt.structures.base import sum_tensors
 
 Held = dict[Tensor, list[tuple[Structure, float]]]
 
@@ -155,9 +156,7 @@ def _gram(held: list[tuple[Structure, float]]) -> Tensor:
 def _product(p: Tensor, held: list[tuple[Structure, float]]) -> Callable[[Tensor], Tensor]:
     def product(m: Tensor) -> Tensor:
         columns = [
-            sum(
-                structure.weighted(structure.dots(column)) * factor**2 for structure, factor in held
-            )
+            sum_tensors([s.weighted(s.dots(column)) * factor**2 for s, factor in held])
             for column in m.reshape(-1, *p.shape)
         ]
         return torch.stack(columns).view(m.shape)

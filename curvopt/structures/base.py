@@ -191,3 +191,11 @@ def _accumulate(parts: Iterator[Tensor]) -> Tensor:
     for part in parts:
         total = total + part
     return total
+
+
+def sum_tensors(tensors: list[Tensor]) -> Tensor:
+    """Sum of tensors of one shape."""
+    result = tensors[0]
+    for tensor in tensors[1:]:
+        result = result + tensor
+    return result

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Size, Tensor
 
-from curvopt.structures.base import Structure
+from curvopt.structures.base import Structure, sum_tensors
 from curvopt.structures.dense import Dense
 from curvopt.structures.kronecker import Factors
 
@@ -100,21 +100,21 @@ class Outer(Structure):
 
     def gram(self, other: Structure) -> Tensor:
         t, o, i = self.tokens, self.outputs, self.inputs
-        # As for `squared_norms`; the tokens of all pairs of samples must fit the cache's blocks.
         if not isinstance(other, Outer) or (t > 1 and t * (o + i) >= o * i):
             return super().gram(other)
-        result: Tensor | float = 0.0
-        for g in range(self.groups):
-            right = torch.tensordot(self.right[:, g], other.right[:, g], dims=([2], [2]))
-            columns = []
-            for one in self.left[:, :, g]:
-                left = [
-                    torch.tensordot(one, their, dims=([2], [2])).mul(right).sum((1, 3))
-                    for their in other.left[:, :, g]
-                ]
-                columns.append(torch.stack(left, 1))
-            result = result + torch.stack(columns)
-        return result
+        return sum_tensors([self._group_gram(other, g) for g in range(self.groups)])
+
+    def _group_gram(self, other: Outer, group: int) -> Tensor:
+        """``sum_ts <left_vnt, left_ums> <right_nt, right_ms>``, two columns at a time."""
+        right = torch.tensordot(self.right[:, group], other.right[:, group], dims=([2], [2]))
+
+        def pair(one: Tensor, their: Tensor) -> Tensor:
+            return torch.tensordot(one, their, dims=([2], [2])).mul(right).sum((1, 3))
+
+        theirs = other.left[:, :, group]
+        return torch.stack(
+            [torch.stack([pair(one, v) for v in theirs], 1) for one in self.left[:, :, group]]
+        )
 
     def kronecker(
         self, *, reduce: bool = False, bias: bool = False, inputs: bool = True

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from curvopt.structures.base import Structure
+from curvopt.structures.base import Structure, sum_tensors
 from curvopt.structures.kronecker import Factors
 from curvopt.structures.lookup import Lookup
 from curvopt.structures.outer import Outer
@@ -226,11 +226,3 @@ def _separate(parts: list[Pulled]) -> bool:
         return False
     spans = sorted(part.span for part in parts)
     return all(before[1] <= after[0] for before, after in zip(spans, spans[1:], strict=False))
-
-
-def sum_tensors(tensors: list[Tensor]) -> Tensor:
-    """Sum of tensors of one shape."""
-    result = tensors[0]
-    for tensor in tensors[1:]:
-        result = result + tensor
-    return result

@@ -49,7 +49,6 @@ def test_all_on_one_problem(case, max_columns):
         curvopt.GGNGram(),
         curvopt.BlockGGN(),
         curvopt.GGNQuadratic(d),
-        curvopt.EmpiricalFisher(),
         max_columns=max_columns,
     )
     rows, G = oracles.batch_grad(*problem), oracles.ggn(*problem)
