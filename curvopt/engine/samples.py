@@ -1,8 +1,9 @@
 """The sample axis: where a tensor keeps its N samples, and how to bring them to the front.
 
-Canonical layout everywhere in the package: ``[V, N, K, *rest]`` for cotangents and ``[N, K, *rest]``
-for data, with V cotangent columns, N samples and K rows per sample (1 for an ordinary layer, the
-number of tokens where the model flattened them into the batch axis or put time first).
+Canonical layout everywhere in the package: ``[V, N, K, *rest]`` for cotangents and
+``[N, K, *rest]`` for data, with V cotangent columns, N samples and K rows per sample (1 for an
+ordinary layer, the number of tokens where the model flattened them into the batch axis or put time
+first).
 """
 
 from __future__ import annotations
@@ -79,9 +80,10 @@ def sample_counts(
     if not first_use or not rows:
         return []
     first, loss_rows = first_use[0], rows[0]
-    agrees = all(next(layouts(shape, hint or 0), None) for shape in (first_use, rows))
-    if first == loss_rows == (hint or first):
+    hint = first if hint is None else hint
+    if first == loss_rows == hint:
         return [first]
+    agrees = all(next(layouts(shape, hint), None) for shape in (first_use, rows))
     counts = [hint] if agrees else []
     if first and loss_rows % first == 0:
         counts.append(first)

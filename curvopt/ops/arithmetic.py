@@ -49,7 +49,7 @@ def scaled(
     return Scale(use.cotangent, factor, shape, aligned)
 
 
-def data(*names: str) -> Callable[[Arguments], tuple[str, ...]]:
+def always(*names: str) -> Callable[[Arguments], tuple[str, ...]]:
     """Say which arguments' values a rule does not read."""
     return lambda arguments: names
 
@@ -58,9 +58,9 @@ def data(*names: str) -> Callable[[Arguments], tuple[str, ...]]:
     *(torch.add, Tensor.add),
     parameters="input other",
     applies=combines_samples,
-    unread=data("input", "other"),
+    unread=always("input", "other"),
 )
-def add(use: UseView, input: Tensor, other: Tensor, *, alpha: float = 1):
+def add(use: UseView, input: Tensor, other: Tensor, *, alpha: float = 1) -> dict[str, Structure]:
     """``input + alpha * other``."""
     return elementwise(use, input=lambda: 1, other=lambda: alpha)
 
@@ -69,9 +69,9 @@ def add(use: UseView, input: Tensor, other: Tensor, *, alpha: float = 1):
     *(torch.sub, Tensor.sub, torch.subtract, Tensor.subtract),
     parameters="input other",
     applies=combines_samples,
-    unread=data("input", "other"),
+    unread=always("input", "other"),
 )
-def sub(use: UseView, input: Tensor, other: Tensor, *, alpha: float = 1):
+def sub(use: UseView, input: Tensor, other: Tensor, *, alpha: float = 1) -> dict[str, Structure]:
     """``input - alpha * other``."""
     return elementwise(use, input=lambda: 1, other=lambda: -alpha)
 
@@ -81,7 +81,7 @@ def sub(use: UseView, input: Tensor, other: Tensor, *, alpha: float = 1):
     parameters="input other",
     applies=combines_samples,
 )
-def mul(use: UseView, input: Tensor, other: Tensor):
+def mul(use: UseView, input: Tensor, other: Tensor) -> dict[str, Structure]:
     """``input * other``."""
     return elementwise(use, input=lambda: other, other=lambda: input)
 
@@ -96,7 +96,9 @@ def _is_exact(tape: Tape, arguments: Arguments, all_shared: bool) -> bool:
     parameters="input other",
     applies=_is_exact,
 )
-def div(use: UseView, input: Tensor, other: Tensor, *, rounding_mode: str | None = None):
+def div(
+    use: UseView, input: Tensor, other: Tensor, *, rounding_mode: str | None = None
+) -> dict[str, Structure]:
     """``input / other``."""
     return elementwise(use, input=lambda: other.reciprocal(), other=lambda: -input / other.square())
 
@@ -106,7 +108,9 @@ def div(use: UseView, input: Tensor, other: Tensor, *, rounding_mode: str | None
     parameters="input tensor1 tensor2",
     applies=combines_samples,
 )
-def addcmul(use: UseView, input: Tensor, tensor1: Tensor, tensor2: Tensor, *, value: float = 1):
+def addcmul(
+    use: UseView, input: Tensor, tensor1: Tensor, tensor2: Tensor, *, value: float = 1
+) -> dict[str, Structure]:
     """``input + value * tensor1 * tensor2``."""
     return elementwise(
         use, input=lambda: 1, tensor1=lambda: value * tensor2, tensor2=lambda: value * tensor1
@@ -118,7 +122,7 @@ def addcmul(use: UseView, input: Tensor, tensor1: Tensor, tensor2: Tensor, *, va
     parameters="input end weight",
     applies=combines_samples,
 )
-def lerp(use: UseView, input: Tensor, end: Tensor, weight: Tensor | float):
+def lerp(use: UseView, input: Tensor, end: Tensor, weight: Tensor | float) -> dict[str, Structure]:
     """``input + weight * (end - input)``."""
     return elementwise(
         use, input=lambda: 1 - weight, end=lambda: weight, weight=lambda: end - input
@@ -126,20 +130,20 @@ def lerp(use: UseView, input: Tensor, end: Tensor, weight: Tensor | float):
 
 
 @rule(
-    torch.where, parameters="input other", applies=combines_samples, unread=data("input", "other")
+    torch.where, parameters="input other", applies=combines_samples, unread=always("input", "other")
 )
-def where(use: UseView, condition: Tensor, input: Any, other: Any):
+def where(use: UseView, condition: Tensor, input: Any, other: Any) -> dict[str, Structure]:
     """``input`` where the condition holds, else ``other``."""
     return elementwise(use, input=lambda: condition, other=lambda: ~condition)
 
 
 @composition(Tensor.where)
-def _where(self: Any, condition: Tensor, other: Any):
+def _where(self: Any, condition: Tensor, other: Any) -> Tensor:
     return torch.where(condition, self, other)
 
 
 @rule(torch.prelu, Tensor.prelu, parameters="weight")
-def prelu(use: UseView, input: Tensor, weight: Tensor):
+def prelu(use: UseView, input: Tensor, weight: Tensor) -> dict[str, Structure]:
     """``max(input, 0) + weight * min(input, 0)``, a weight per channel (axis 1) or one for all."""
     stands = Size([weight.numel(), *[1] * max(input.ndim - 2, 0)])
     return {"weight": scaled(use, input.clamp(max=0), weight.shape, stands)}
@@ -173,7 +177,7 @@ def copies(use: UseView, input: Tensor) -> dict[str, Structure]:
 def _sizes(arguments: Arguments) -> tuple[int, ...]:
     """Sizes that were given one by one, as one tuple, or by keyword."""
     given = next((arguments[n] for n in ("sizes", "size", "dims") if arguments.get(n)), ())
-    return given[0] if isinstance(given[0], (tuple, list)) else given
+    return tuple(given[0] if given and isinstance(given[0], (tuple, list)) else given)
 
 
 def _expanded(arguments: Arguments) -> list[int]:
@@ -194,7 +198,7 @@ def _repeated(arguments: Arguments) -> list[int]:
     parameters="input",
     applies=gives_copies(_expanded),
 )
-def expand(use: UseView, input: Tensor, *sizes: Any, **options: Any):
+def expand(use: UseView, input: Tensor, *sizes: Any, **options: Any) -> dict[str, Structure]:
     """``input.expand(*sizes)``."""
     return copies(use, input)
 
@@ -203,9 +207,9 @@ def expand(use: UseView, input: Tensor, *sizes: Any, **options: Any):
     Tensor.expand_as,
     parameters="input",
     applies=gives_copies(lambda arguments: arguments["other"].shape),
-    unread=data("other"),
+    unread=always("other"),
 )
-def expand_as(use: UseView, input: Tensor, other: Tensor):
+def expand_as(use: UseView, input: Tensor, other: Tensor) -> dict[str, Structure]:
     """``input.expand(other.shape)``."""
     return copies(use, input)
 
@@ -215,6 +219,6 @@ def expand_as(use: UseView, input: Tensor, other: Tensor):
     parameters="input",
     applies=gives_copies(_repeated),
 )
-def repeat(use: UseView, input: Tensor, *sizes: Any, **options: Any):
+def repeat(use: UseView, input: Tensor, *sizes: Any, **options: Any) -> dict[str, Structure]:
     """``input.repeat(*sizes)``, where only axes of size 1 are repeated."""
     return copies(use, input)

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 @rule(F.bilinear, parameters="weight bias")
 def bilinear(
     use: UseView, input1: Tensor, input2: Tensor, weight: Tensor, bias: Tensor | None = None
-):
+) -> dict[str, Structure]:
     """``y_o = x1^T W_o x2 + b_o``: linear in the products of the two inputs' features."""
     products = use.rows(input1).unsqueeze(-1) * use.rows(input2).unsqueeze(-2)
     right = products.flatten(-2).flatten(1, -2).unsqueeze(1)

@@ -24,7 +24,7 @@ def batched(tape: Tape, arguments: Arguments, all_shared: bool) -> bool:
 def convolution(
     use: UseView, input: Tensor, weight: Tensor, bias: Tensor | None = None,
     stride: Any = 1, padding: Any = 0, dilation: Any = 1, groups: int = 1,
-):  # fmt: skip
+) -> dict[str, Structure]:  # fmt: skip
     """Cross-correlation; padding modes other than zeros pad the input beforehand."""
     spatial = weight.ndim - 2
     stride, dilation = per_axis(stride, spatial), per_axis(dilation, spatial)

@@ -11,7 +11,7 @@ from torch import Tensor
 from curvopt.engine.evidence import has_data, indexes_samples, looks_up_samples
 from curvopt.engine.registry import rule
 from curvopt.errors import CurvoptError, Uncovered
-from curvopt.structures import Lookup
+from curvopt.structures import Lookup, Structure
 
 if TYPE_CHECKING:
     from curvopt.engine.registry import Applies, Arguments
@@ -58,7 +58,7 @@ def embedding(
     use: UseView, input: Tensor, weight: Tensor, padding_idx: int | None = None,
     max_norm: float | None = None, norm_type: float = 2.0, scale_grad_by_freq: bool = False,
     sparse: bool = False,
-):  # fmt: skip
+) -> dict[str, Structure]:  # fmt: skip
     """``weight[input]``; lookups of ``padding_idx`` have no gradient."""
     values, indices = use.cotangent, use.rows(input)
     if padding_idx is not None:
@@ -72,7 +72,7 @@ def embedding_bag(
     max_norm: float | None = None, norm_type: float = 2, scale_grad_by_freq: bool = False,
     mode: str = "mean", sparse: bool = False, per_sample_weights: Tensor | None = None,
     include_last_offset: bool = False, padding_idx: int | None = None,
-):  # fmt: skip
+) -> dict[str, Structure]:  # fmt: skip
     """Weighted sum or mean of the rows of every bag; a bag is a sample."""
     if mode == "max":
         raise Uncovered("embedding_bag with mode='max'")
@@ -107,7 +107,7 @@ def _in_rows(indices: Tensor, factors: Tensor, starts: Tensor) -> tuple[Tensor, 
     parameters="input",
     applies=indexes_samples,
 )
-def getitem(use: UseView, input: Tensor, index: Tensor):
+def getitem(use: UseView, input: Tensor, index: Tensor) -> dict[str, Structure]:
     """``input[index]`` with one tensor of indices."""
     return {"input": lookup(use.cotangent, use.rows(index), input)}
 
@@ -119,6 +119,6 @@ def _selects_rows(tape: Tape, arguments: Arguments, all_shared: bool) -> bool:
 
 
 @rule(torch.index_select, Tensor.index_select, parameters="input", applies=_selects_rows)
-def index_select(use: UseView, input: Tensor, dim: int, index: Tensor):
+def index_select(use: UseView, input: Tensor, dim: int, index: Tensor) -> dict[str, Structure]:
     """``input[index]``."""
     return {"input": lookup(use.cotangent, use.rows(index), input)}

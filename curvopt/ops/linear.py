@@ -24,7 +24,9 @@ def _batched_linear(tape: Tape, arguments: Arguments, all_shared: bool) -> bool:
 
 
 @rule(F.linear, parameters="weight bias", applies=_batched_linear)
-def linear(use: UseView, input: Tensor, weight: Tensor, bias: Tensor | None = None):
+def linear(
+    use: UseView, input: Tensor, weight: Tensor, bias: Tensor | None = None
+) -> dict[str, Structure]:
     """``y = x W^T + b``, all axes but the last are samples and tokens."""
     if use.cotangent.ndim < 4:
         raise Uncovered("linear has its samples on the axis of its features")
@@ -59,7 +61,9 @@ def _two_operands(tape: Tape, arguments: Arguments, all_shared: bool) -> bool:
     return given and plain and _one_side(("left", "right"))(tape, arguments, all_shared)
 
 
-def product(use: UseView, left: Tensor, right: Tensor, names: tuple[str, str]):
+def product(
+    use: UseView, left: Tensor, right: Tensor, names: tuple[str, str]
+) -> dict[str, Structure]:
     """Structure of the parameter in ``left @ right``, by letters of its einsum."""
     out = "abcdefgh"[: len(torch.broadcast_shapes(left.shape[:-2], right.shape[:-2]))]
     subs = []
@@ -84,7 +88,7 @@ def product(use: UseView, left: Tensor, right: Tensor, names: tuple[str, str]):
     parameters="input other",
     applies=_one_side(("input", "other")),
 )
-def matmul(use: UseView, input: Tensor, other: Tensor):
+def matmul(use: UseView, input: Tensor, other: Tensor) -> dict[str, Structure]:
     """``input @ other`` with a parameter on either side."""
     return product(use, input, other, ("input", "other"))
 
@@ -97,13 +101,13 @@ def matmul(use: UseView, input: Tensor, other: Tensor):
     parameters="input mat2",
     applies=_one_side(("input", "mat2")),
 )
-def mm(use: UseView, input: Tensor, mat2: Tensor):
+def mm(use: UseView, input: Tensor, mat2: Tensor) -> dict[str, Structure]:
     """``input @ mat2`` with a parameter on either side."""
     return product(use, input, mat2, ("input", "mat2"))
 
 
 @rule(Tensor.__rmatmul__, parameters="other input", applies=_one_side(("other", "input")))
-def rmatmul(use: UseView, other: Tensor, input: Tensor):
+def rmatmul(use: UseView, other: Tensor, input: Tensor) -> dict[str, Structure]:
     """``input @ other``, called on ``other``."""
     return product(use, input, other, ("input", "other"))
 
@@ -116,7 +120,7 @@ def rmatmul(use: UseView, other: Tensor, input: Tensor):
 )
 def addmm(
     use: UseView, input: Tensor, mat1: Tensor, mat2: Tensor, *, beta: float = 1, alpha: float = 1
-):
+) -> dict[str, Structure]:
     """``beta * input + alpha * mat1 @ mat2``."""
     found: dict[str, Structure] = {}
     if "input" in use.parameters:
@@ -131,7 +135,9 @@ def addmm(
     parameters="left right",
     applies=_two_operands,
 )
-def einsum(use: UseView, equation: str, left: Any = None, right: Any = None, *others: Any):
+def einsum(
+    use: UseView, equation: str, left: Any = None, right: Any = None, *others: Any
+) -> dict[str, Structure]:
     """A product of a parameter and data, in any of whose axes are summed or not."""
     letters, out = _letters(equation, left.ndim, right.ndim, use.output_ndim)
     side = 0 if "left" in use.parameters else 1

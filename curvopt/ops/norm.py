@@ -40,7 +40,7 @@ def per_channel(input: Tensor) -> Size:
 def layer_norm(
     use: UseView, input: Tensor, normalized_shape: Any, weight: Tensor | None = None,
     bias: Tensor | None = None, eps: float = 1e-5, cudnn_enable: bool = True,
-):  # fmt: skip
+) -> dict[str, Structure]:  # fmt: skip
     """Zero mean and unit variance over the last axes."""
     return affine(use, F.layer_norm(input.to(use.dtype), normalized_shape, eps=eps))
 
@@ -49,7 +49,7 @@ def layer_norm(
 def rms_norm(
     use: UseView, input: Tensor, normalized_shape: Any, weight: Tensor | None = None,
     eps: float | None = None,
-):  # fmt: skip
+) -> dict[str, Structure]:  # fmt: skip
     """Unit mean square over the last axes."""
     eps = torch.finfo(input.dtype).eps if eps is None else eps
     return affine(use, F.rms_norm(input.to(use.dtype), normalized_shape, eps=eps))
@@ -59,7 +59,7 @@ def rms_norm(
 def group_norm(
     use: UseView, input: Tensor, num_groups: int, weight: Tensor | None = None,
     bias: Tensor | None = None, eps: float = 1e-5, cudnn_enabled: bool = True,
-):  # fmt: skip
+) -> dict[str, Structure]:  # fmt: skip
     """Zero mean and unit variance over groups of channels."""
     return affine(use, F.group_norm(input.to(use.dtype), num_groups, eps=eps), per_channel(input))
 
@@ -78,7 +78,7 @@ def instance_norm(
     use: UseView, input: Tensor, running_mean: Tensor | None = None,
     running_var: Tensor | None = None, weight: Tensor | None = None, bias: Tensor | None = None,
     use_input_stats: bool = True, momentum: float = 0.1, eps: float = 1e-5,
-):  # fmt: skip
+) -> dict[str, Structure]:  # fmt: skip
     """Zero mean and unit variance of every channel of every sample."""
     normalized = F.instance_norm(
         input.to(use.dtype), running_mean, running_var, None, None, use_input_stats, 0.0, eps
@@ -91,7 +91,7 @@ def batch_norm(
     use: UseView, input: Tensor, running_mean: Tensor | None = None,
     running_var: Tensor | None = None, weight: Tensor | None = None, bias: Tensor | None = None,
     training: bool = False, momentum: float = 0.1, eps: float = 1e-5,
-):  # fmt: skip
+) -> dict[str, Structure]:  # fmt: skip
     """Constant mean and variance of every channel; those of the batch refuse all but its gradient.
 
     The engine sees to the refusal, for layers without parameters too.

@@ -24,7 +24,7 @@ def transposed_convolution(
     use: UseView, input: Tensor, weight: Tensor, bias: Tensor | None = None,
     stride: Any = 1, padding: Any = 0, output_padding: Any = 0, groups: int = 1,
     dilation: Any = 1,
-):  # fmt: skip
+) -> dict[str, Structure]:  # fmt: skip
     """The adjoint of a convolution with this weight, whose input is now the output."""
     spatial = weight.ndim - 2
     stride, padding = per_axis(stride, spatial), per_axis(padding, spatial)
