@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -119,7 +118,8 @@ def batch_jacobian(
     """Jacobian of each sample's output in its own input, ``J[n] = d f(x)[n] / dx[n]``.
 
     The N x N blocks between different samples, which are zero, are never computed: the cost is one
-    backward column per output of a single sample, whatever N is.
+    backward column per output of a single sample (or two per input, if these are far fewer),
+    whatever N is.
 
     Args:
         f: maps ``[N, *in]`` to ``[N, *out]``, every sample by itself.
@@ -153,8 +153,8 @@ def batch_hessian(
 ) -> Tensor:
     """Hessian of each output of each sample in its own input: ``[N, *out, *in, *in]``.
 
-    The Jacobian of the Jacobian, one column per output and input of a single sample. Arguments and
-    errors are those of `batch_jacobian`.
+    The Jacobian of the Jacobian, one column per input of a single sample. Arguments and errors are
+    those of `batch_jacobian`.
 
     Example:
         >>> curvopt.batch_hessian(model, x).shape  # [N, *out, *in, *in]
@@ -174,31 +174,32 @@ def batch_hessian_diag(
 ) -> Tensor:
     """Diagonal of `batch_hessian`, ``d^2 f(x)[n, c] / dx[n, i]^2``: ``[N, *out, *in]``.
 
-    Its sum over the inputs is the Laplacian of a physics-informed loss. With few outputs it is a
-    reverse pass over a reverse pass, one column per output and input; with more, two derivatives
-    along each input, whose cost does not grow with the outputs. Arguments and errors are those of
-    `batch_jacobian`.
+    Its sum over the inputs is the Laplacian of a physics-informed loss. One column per input of a
+    single sample, through the Jacobian's graph or along that input. Arguments and errors are those
+    of `batch_jacobian`.
 
     Example:
         >>> laplacian = curvopt.batch_hessian_diag(u, x, create_graph=True).sum(-1)
     """
     y, x = _forward(f, x, check)
     outputs, inputs = y[:1].numel(), x[:1].numel()
-    if outputs > 4:
-        columns = []
-        for index in range(inputs):
-            unit = torch.zeros_like(x).flatten(1)
-            unit[:, index] = 1
-            unit = unit.view_as(x)
-            second = _along(_along(y, x, unit, True), x, unit, create_graph)
-            columns.append(second)
-        return torch.stack(columns, -1).view(*y.shape, *x.shape[1:])
+    size = x.numel() * max(1, outputs)
+    parts: list[Tensor] = []
+    if not y.numel():
+        return x.new_zeros(*y.shape, *x.shape[1:])
+    if outputs > 4:  # two derivatives along each input, whose cost does not grow with the outputs
+        for _, unit in _units(x, size, 1):
+            (slope,) = _tangents(y, x, unit, True)
+            parts += _tangents(slope, x, unit, create_graph)
+        return torch.stack(parts, -1).view(*y.shape, *x.shape[1:])
     jacobian = _jacobian(y, x, True, max_columns).reshape(len(x), outputs, inputs)
-    rows = [
-        _jacobian(jacobian[:, :, i], x, create_graph, max_columns).flatten(2)[:, :, i]
-        for i in range(inputs)
-    ]
-    return torch.stack(rows, -1).reshape(*y.shape, *x.shape[1:])
+    for start, unit in _units(x, size, max_columns):
+        if outputs == 1:  # symmetric: a column of the Hessian is a row
+            columns = _rows(jacobian.view_as(x), x, unit, create_graph).flatten(2).unsqueeze(2)
+        else:
+            columns = _tangents(jacobian, x, unit, create_graph)
+        parts += [column[..., start + i] for i, column in enumerate(columns)]
+    return torch.stack(parts, -1).view(*y.shape, *x.shape[1:])
 
 
 def _forward(f: Callable[[Tensor], Tensor], x: Tensor, check: bool) -> tuple[Tensor, Tensor]:
@@ -241,40 +242,42 @@ def _check_separate(y: Tensor, x: Tensor) -> None:
 
 
 def _jacobian(y: Tensor, x: Tensor, create_graph: bool, max_columns: int | None) -> Tensor:
-    """``[N, *out, *in]`` from one backward column per output of a sample."""
-    n, out = len(y), y.shape[1:]
-    count = math.prod(out)
+    """``[N, *out, *in]``: a column per output of a sample, or per input if these are far fewer."""
     if not y.requires_grad or not y.numel():  # a constant, as the Jacobian of a linear function
         return x.new_zeros(*y.shape, *x.shape[1:])
-    size = max(1, CHUNK_BYTES // max(1, y.element_size() * (y.numel() + x.numel())))
-    size = min(size, max_columns or size, count)
-    chunks = []
-    for start in range(0, count, size):
-        stop = min(start + size, count)
-        unit = torch.zeros(stop - start, count, dtype=y.dtype, device=y.device)
+    size, forward = x.numel() + y.numel(), y[:1].numel() > 2 * x[:1].numel()
+    move = _tangents if forward else _rows
+    units = _units(x if forward else y, size, max_columns)
+    parts = [move(y, x, unit, create_graph) for _, unit in units]
+    columns = torch.cat(parts) if len(parts) > 1 else parts[0]
+    columns = columns.movedim(0, -1) if forward else columns.transpose(0, 1)
+    return columns.reshape(*y.shape, *x.shape[1:])
+
+
+def _units(like: Tensor, size: int, max_columns: int | None) -> Iterator[tuple[int, Tensor]]:
+    """Unit vectors of one sample, for all samples, in chunks ``[V, *like.shape]`` from a start."""
+    count = like[:1].numel()
+    fitting = max(1, CHUNK_BYTES // max(1, like.element_size() * size))
+    step = min(fitting, max_columns or fitting)
+    for start in range(0, count, step):
+        stop = min(start + step, count)
+        unit = torch.zeros(stop - start, count, dtype=like.dtype, device=like.device)
         unit[torch.arange(stop - start), torch.arange(start, stop)] = 1
-        unit = unit.view(-1, 1, *out).expand(-1, n, *out)
-        (rows,) = pull_back([y], [unit], [x], batched=True, create_graph=create_graph)
-        zeros = x.new_zeros(()).expand(stop - start, *x.shape)
-        chunks.append(zeros if rows is None else rows)
-    rows = torch.cat(chunks) if len(chunks) > 1 else chunks[0]
-    return rows.transpose(0, 1).reshape(*y.shape, *x.shape[1:])
+        yield start, unit.view(-1, 1, *like.shape[1:]).expand(-1, *like.shape)
 
 
-def _along(y: Tensor, x: Tensor, direction: Tensor, create_graph: bool) -> Tensor:
-    """Derivative of y along a direction of x, by two reverse passes."""
-    if not y.requires_grad:
-        return torch.zeros_like(y)
+def _rows(y: Tensor | None, x: Tensor, cotangents: Tensor, create_graph: bool) -> Tensor:
+    """Cotangents ``[V, *y.shape]`` carried back to x: ``[V, *x.shape]``."""
+    rows = None
+    if y is not None and y.requires_grad:
+        (rows,) = pull_back([y], [cotangents], [x], batched=True, create_graph=create_graph)
+    return x.new_zeros(len(cotangents), *x.shape) if rows is None else rows
+
+
+def _tangents(y: Tensor, x: Tensor, directions: Tensor, create_graph: bool) -> Tensor:
+    """Derivatives of y along directions ``[V, *x.shape]``, by two reverse passes."""
     dummy = torch.zeros_like(y, requires_grad=True)
-    (slope,) = torch.autograd.grad(y, x, dummy, create_graph=True, allow_unused=True)
-    if slope is None or not slope.requires_grad:
-        return torch.zeros_like(y)
-    (tangent,) = torch.autograd.grad(
-        slope,
-        dummy,
-        direction,
-        create_graph=create_graph,
-        retain_graph=True,
-        materialize_grads=True,
-    )
-    return torch.zeros_like(y) if tangent is None else tangent
+    slope = None
+    if y.requires_grad:
+        (slope,) = torch.autograd.grad(y, x, dummy, create_graph=True, allow_unused=True)
+    return _rows(slope, dummy, directions, create_graph)

@@ -97,6 +97,8 @@ def test_any_network(n, widths, act):
     for ours, plain in PAIRS.values() if n else ():
         assert_close(ours(f, x), plain(f, x).detach())
     assert curvopt.batch_jacobian(f, x).shape == (n, widths[-1], widths[0])
+    assert curvopt.batch_hessian_diag(f, x).shape == (n, widths[-1], widths[0])
+    assert curvopt.batch_hessian(f, x).shape == (n, widths[-1], widths[0], widths[0])
 
 
 @every_pair
