@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
@@ -85,6 +85,7 @@ def test_trains_through(kind, name):
         assert_close(actual, expected)
 
 
+@settings(max_examples=40)
 @given(
     n=st.integers(0, 4),
     widths=st.lists(st.integers(1, 6), min_size=2, max_size=4),

@@ -85,6 +85,17 @@ class Result:
     sqrt_ggn_exact: Values
     sqrt_ggn_mc: Values
     clipped_grad_sum: Values
+    kfac: Values
+    kflr: Values
+    diag_h: Values
+    diag_h_batch: Values
+    diag_h_mc: Values
+    empirical_fisher: Values
+    grad_gram: Values
+    ggn_gram: Values
+    block_ggn: Values
+    block_hessian: Values
+    ggn_quadratic: Tensor
 
     def __init__(self, loss: Tensor, gradient: Callable[[], dict[Tensor, Tensor]]):
         self.loss, self._gradient = loss, gradient
@@ -475,6 +486,7 @@ class Computation:
                 results[quantity] = part
             if following is None:
                 return {quantity: quantity.finish(part) for quantity, part in results.items()}
+            del grads, parts, structures  # freed before the next columns go
             cotangents = following
 
     def _scaling(

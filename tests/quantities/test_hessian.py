@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
@@ -125,6 +125,7 @@ def test_unusual_uses(name, loss):
     check(build(make, shape, LOSSES[loss], n=3))
 
 
+@settings(max_examples=40)
 @given(
     widths=st.lists(st.integers(1, 5), min_size=2, max_size=4),
     tokens=st.lists(st.integers(1, 3), max_size=1),
