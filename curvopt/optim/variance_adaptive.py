@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any, ClassVar, cast
 
 import torch
@@ -19,6 +20,9 @@ from curvopt.structures import Structure
 
 # A parameter, its gradient, momentum buffer and S, and what is new in S, if anything.
 Row = tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]
+
+# Elements of a block: 256 KiB of float32.
+BLOCK = 1 << 16
 
 
 class VarianceAdaptiveSGD(EngineOptimizer):
@@ -55,8 +59,8 @@ class VarianceAdaptiveSGD(EngineOptimizer):
         debiased: :math:`\gamma = \max(0, 1 - r S / b^2)`. Where there is nothing but noise, the
             plug-in default averages 0.34 and this one 0.16.
         maximize: ascend instead of descend.
-        foreach: update all parameters of a group together (default), or one by one, which takes
-            less memory.
+        foreach: update the parameters of a group together (the default on accelerators), or one by
+            one (the default on the CPU; it takes less memory).
         variance_every: steps from one measurement of S to the next; :math:`\beta = \mu` to this
             power. S changes slowly: on MNIST every 10 steps, the default, trains like every step,
             and a step that measures costs up to twice one that does not. N is read when S is.
@@ -149,10 +153,17 @@ class VarianceAdaptiveSGD(EngineOptimizer):
                 if p.grad is not None:
                     key, row = self._row(p, group["momentum"], batch)
                     alike[key].append(row)
-            for (spread, share, _), rows in alike.items():
-                for part in [[row] for row in rows] if group["foreach"] is False else [rows]:
-                    columns = map(list, zip(*part, strict=True))
-                    _move(group, spread, share, share * scale, *columns)
+            together = group["foreach"]
+            for (spread, share, dtype), rows in alike.items():
+                if together is None:
+                    together = rows[0][0].device.type != "cpu"
+                new = share * scale
+                if together and dtype == rows[0][2].dtype:
+                    _move_all(group, spread, share, new, *map(list, zip(*rows, strict=True)))
+                    continue
+                for row in rows:
+                    for block in _blocks(row):
+                        _move(group, spread, share, new, *block)
         if batch and n > 1:
             self._observe(batch)
 
@@ -358,39 +369,73 @@ def _move(
     group: dict[str, Any],
     spread: float,
     share: float,
-    scale: float,
+    new: float,
+    p: Tensor,
+    grad: Tensor,
+    b: Tensor,
+    s: Tensor,
+    scatter: Tensor | None,
+) -> None:
+    """Move one parameter, or a block of it: what `VarianceAdaptiveSGD` says, ``r = spread``."""
+    lr, decay, floor = float(group["lr"]), group["weight_decay"], _floor(s.dtype)
+    if scatter is not None:
+        s.mul_(1 - share).add_(scatter, alpha=new).clamp_(min=floor)
+    torch.add(grad, b, alpha=group["momentum"], out=b)
+    squares = b * b
+    # gamma = top / bottom
+    if group["debiased"]:
+        top, bottom = squares.sub(s, alpha=spread).clamp_(min=0), squares.clamp_(min=floor)
+    else:
+        top, bottom = squares, squares.add(s, alpha=spread)
+    step = torch.div(b, bottom, out=bottom)
+    if decay:
+        p.mul_(1 - lr * decay)
+    rate = lr if group["maximize"] else -lr
+    if p.dtype == step.dtype:
+        p.addcmul_(top, step, value=rate)
+    else:
+        p.add_(step.mul_(top), alpha=rate)
+
+
+def _move_all(
+    group: dict[str, Any],
+    spread: float,
+    share: float,
+    new: float,
     params: list[Tensor],
     grads: list[Tensor],
     buffers: list[Tensor],
     variances: list[Tensor],
     scatters: list[Any],
 ) -> None:
-    """Move some parameters: what `VarianceAdaptiveSGD` says, ``r = spread``."""
-    lr, floor = float(group["lr"]), _floor(variances[0].dtype)
+    """As `_move`, many parameters by each call."""
+    lr, decay, floor = float(group["lr"]), group["weight_decay"], _floor(variances[0].dtype)
     if scatters[0] is not None:
         torch._foreach_mul_(variances, 1 - share)
-        torch._foreach_add_(variances, scatters, alpha=scale)
+        torch._foreach_add_(variances, scatters, alpha=new)
         torch._foreach_clamp_min_(variances, floor)
     torch._foreach_mul_(buffers, group["momentum"])
     torch._foreach_add_(buffers, grads)
-    # gamma = top / bottom
-    squares = torch._foreach_mul(buffers, buffers)
+    top = bottom = torch._foreach_mul(buffers, buffers)
     if group["debiased"]:
-        top = torch._foreach_add(squares, variances, alpha=-spread)
+        top = torch._foreach_add(bottom, variances, alpha=-spread)
         torch._foreach_clamp_min_(top, 0)
-        torch._foreach_clamp_min_(squares, floor)
-        bottom = squares
+        torch._foreach_clamp_min_(bottom, floor)
     else:
-        top, bottom = squares, torch._foreach_add(squares, variances, alpha=spread)
+        bottom = torch._foreach_add(top, variances, alpha=spread)
     steps = torch._foreach_div(buffers, bottom)
-    if group["weight_decay"]:
-        torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
-    rate = lr if group["maximize"] else -lr
-    if params[0].dtype == steps[0].dtype:
-        torch._foreach_addcmul_(params, top, steps, value=rate)
+    if decay:
+        torch._foreach_mul_(params, 1 - lr * decay)
+    torch._foreach_addcmul_(params, top, steps, value=lr if group["maximize"] else -lr)
+
+
+def _blocks(row: Row) -> Iterator[Row]:
+    """A large parameter in blocks, which stay in a core's cache over the calls of `_move`."""
+    given = [tensor for tensor in row if tensor is not None]
+    if row[0].numel() <= BLOCK or not all(tensor.is_contiguous() for tensor in given):
+        yield row
     else:
-        torch._foreach_mul_(steps, top)
-        torch._foreach_add_(params, steps, alpha=rate)
+        yield from zip_longest(*([] if t is None else t.view(-1).split(BLOCK) for t in row))
 
 
 def _floor(dtype: torch.dtype) -> float:

@@ -267,3 +267,21 @@ def test_noise_does_not_slow_down_what_all_samples_agree_on():
     opt = curvopt.VarianceAdaptiveSGD([p], lr=0.1, momentum=0.0)
     opt.step(lambda: (p * rows).sum(1).mean())
     assert p.tolist() == pytest.approx([-0.1, 0.0])
+
+
+@pytest.mark.parametrize("debiased", [False, True])
+def test_blocks_and_lists_change_nothing(monkeypatch, debiased):
+    """Parameters are moved in blocks on the CPU, and all together elsewhere."""
+    runs = []
+    for block, foreach in ((1 << 16, None), (4, None), (4, True)):
+        monkeypatch.setattr(curvopt.optim.variance_adaptive, "BLOCK", block)
+        problem = Case("convnet", "ce").build(n=5)
+        problem.model.to(memory_format=torch.channels_last)
+        opt = curvopt.VarianceAdaptiveSGD(
+            problem.params, weight_decay=0.1, debiased=debiased, foreach=foreach
+        )
+        for _ in range(12):
+            opt.step(problem.loss)
+        runs.append(oracles.flat(problem.params))
+    assert_close(runs[1], runs[0], 1e-12)
+    assert_close(runs[2], runs[0], 1e-12)
