@@ -10,6 +10,7 @@ from curvopt.structures import Lookup, Outer, Tied
 from tests.cases import LOSSES, Model, build, function
 from tests.ops.rows import exact
 from tests.oracles import assert_close, batch_grad
+from tests.test_quantities import check
 
 
 def ids(x, size):
@@ -124,6 +125,13 @@ BAGS = {
 
 test_exact = exact(ROWS)
 test_exact_bags = exact(BAGS, slopes=False)  # torch has no second derivative of them
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 4])
+@pytest.mark.parametrize("tied", [True, False])
+def test_language_model_loss_on_flattened_tokens(n, tied):
+    make = ROWS["language-tied" if tied else "language-buffer"].make
+    check(build(make, (4,), LOSSES["tokens"], n))
 
 
 @pytest.mark.parametrize(
