@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -28,7 +29,7 @@ from curvopt.structures import Dense, Pulled, Structure, total
 _POWERS = 13
 
 # Bytes of cotangents that one chunk of columns may hold at the uses.
-CHUNK_BYTES = 1 << 26
+CHUNK_BYTES = 1 << 24
 
 # Sample axes that were found to hold, by first parameter and signature of the forward pass: a
 # repeated forward pass is not checked again.
@@ -418,9 +419,7 @@ class Computation:
             yield [term.output.new_zeros(1, *term.output.shape) for term in self.terms]
             return
         limit = self._chunk()
-        for index, (term, scale, layout) in enumerate(
-            zip(self.terms, scales, self.term_layouts, strict=True)
-        ):
+        for term, scale, layout in zip(self.terms, scales, self.term_layouts, strict=True):
             cotangent = one.cotangent
             count = (
                 cotangent.samples if kind == "sketch" else term.columns_per_sample(layout)
@@ -430,12 +429,14 @@ class Computation:
                 if kind == "sketch":
                     part = term.sketch(
                         stop - start, scale, cotangent.estimator, cotangent.generator
-                    ) / cotangent.samples**0.5
+                    )
+                    part = part if count == 1 else part / count**0.5
                 else:
                     part = term.columns(start, stop, scale, layout)
-                chunk = [part.new_zeros(()).expand(len(part), *t.output.shape) for t in self.terms]
-                chunk[index] = part if self.tape.create_graph else part.detach()
-                yield chunk
+                yield [
+                    part if t is term else part.new_zeros(()).expand(len(part), *t.output.shape)
+                    for t in self.terms
+                ]
 
     def _chunk(self) -> int:
         """Columns that may go together: their cotangents at all uses stay under `CHUNK_BYTES`."""
@@ -665,7 +666,7 @@ def check_loss(loss: Any, *, finite: bool = True) -> None:
             "the loss does not depend on any parameter that requires a gradient (was it "
             "computed under no_grad, or detached?)"
         )
-    if finite and not torch.isfinite(loss.detach()).all():
+    if finite and not math.isfinite(loss.detach().item()):
         raise CurvoptError(
             f"the loss is {loss.item()}, not finite; nothing was changed. Lower the learning "
             "rate, or look for inputs that are not finite"

@@ -137,9 +137,10 @@ class Loss(ABC):
         """Random vectors with second moment H, ``[V, *output.shape]``, independent per sample."""
         if estimator == "labels":
             return self.sample_labels(columns, generator) * self.spread(scale)
-        shape = (columns, *self.token_shape, self.width)
-        signs = torch.randint(0, 2, shape, device=scale.device, generator=generator)
-        return self.apply_root(signs.to(scale.dtype).mul_(2).sub_(1) * scale.unsqueeze(-1))
+        like = {"dtype": scale.dtype, "device": scale.device}
+        signs = torch.empty(columns, *self.token_shape, self.width, **like)
+        signs.bernoulli_(0.5, generator=generator).sub_(0.5)
+        return self.apply_root(signs.mul_((2 * scale).unsqueeze(-1)))
 
 
 def per_sample(rows: Tensor, factor: float | Tensor, layout: Layout) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -48,7 +49,8 @@ class CrossEntropy(Loss):
     def spread(self, per_token: Tensor) -> Tensor:
         return per_token.unsqueeze(1)
 
-    def _label_weights(self) -> Tensor:
+    @cached_property
+    def label_weights(self) -> Tensor:
         """Weight of each token's label, 0 where it is ignored: what a weighted mean divides by."""
         kept = self.target != self.ignore_index
         if self.weight is None:
@@ -60,14 +62,14 @@ class CrossEntropy(Loss):
             return super().share(layout)
         if self.weight is None and not (self.target == self.ignore_index).any():
             return super().share(layout)
-        own = layout.split(self._label_weights()).flatten(1).sum(1)
+        own = layout.split(self.label_weights).flatten(1).sum(1)
         return own / own.sum()
 
     def reduced(self, upstream: Tensor) -> Tensor:
         if self.reduction == "mean":
             if self.probabilities_given:
                 return upstream / (self.token_shape.numel())
-            return upstream / self._label_weights().sum()
+            return upstream / self.label_weights.sum()
         return upstream
 
     def curvature(self) -> Tensor:
@@ -77,7 +79,7 @@ class CrossEntropy(Loss):
             if weight is not None:
                 target = target * weight.view(-1, *[1] * (target.ndim - 2))
             return target.sum(1)
-        own = self._label_weights()
+        own = self.label_weights
         if not smoothing:
             return own
         mean_weight = 1.0 if weight is None else weight.mean()

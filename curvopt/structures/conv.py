@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Size, Tensor
 
-from curvopt.structures.base import Structure
+from curvopt.structures.base import BLOCK, Structure
 from curvopt.structures.dense import Dense
 from curvopt.structures.kronecker import Factors
 from curvopt.structures.outer import Outer
@@ -58,26 +58,30 @@ class Conv(Structure):
         """Patches ``[N, G, K * positions, C/G * kernel]``."""
         kernel = self.shape[2:]
         n, k = input.shape[:2]
-        flat = input.flatten(0, 1)
-        if len(kernel) == 2:
-            columns = F.unfold(flat, kernel, self.dilation, self.padding, self.stride)
-        else:
-            pads = [size for pad in reversed(self.padding) for size in (pad, pad)]
-            windows = F.pad(flat, pads)
-            for axis, size in enumerate(kernel):
-                reach = (size - 1) * self.dilation[axis] + 1
-                windows = windows.unfold(axis + 2, reach, self.stride[axis])
-                windows = windows[..., :: self.dilation[axis]]
-            spatial = len(kernel)
-            order = [0, 1, *range(2 + spatial, 2 + 2 * spatial), *range(2, 2 + spatial)]
-            columns = windows.permute(order).flatten(1, 1 + spatial).flatten(2)
-        columns = columns.unflatten(0, (n, k)).unflatten(2, (self.groups, -1))  # [N, K, G, I, T]
+        windows = input.flatten(0, 1)
+        if any(self.padding):
+            windows = F.pad(windows, [size for pad in reversed(self.padding) for size in (pad, pad)])
+        for axis, size in enumerate(kernel):
+            reach = (size - 1) * self.dilation[axis] + 1
+            windows = windows.unfold(axis + 2, reach, self.stride[axis])
+            windows = windows[..., :: self.dilation[axis]]
+        spatial = len(kernel)
+        order = [0, 1, *range(2 + spatial, 2 + 2 * spatial), *range(2, 2 + spatial)]
+        # One strided copy: several times as fast as torch.nn.functional.unfold.
+        columns = windows.permute(order).reshape(n, k, self.groups, self.shape[1:].numel(), -1)
         return columns.movedim(1, 3).flatten(3).mT if k > 1 else columns.squeeze(1).mT
+
+    def block(self) -> int:
+        if not self.by_patches:
+            return super().block()
+        # Patches fit the cache as well as the rows formed from them.
+        patches = self.positions * self.groups * self.shape[1:].numel()
+        return min(super().block(), max(1, BLOCK // max(1, patches)))
 
     @property
     def by_patches(self) -> bool:
-        """Many columns amortize the unfolding; small maps make it cheap."""
-        return self.columns > 2 or self.positions <= 32
+        """Many columns share the patches; of small maps they are cheap."""
+        return self.columns > 2 or self.positions <= 64
 
     def rows(self, start: int, stop: int) -> Tensor:
         if self.by_patches:
@@ -92,6 +96,15 @@ class Conv(Structure):
         grad = self._weight_gradient(outputs, inputs, n * k * g)
         grad = grad.view(n, k, g, v, -1, *self.shape[1:]).movedim(3, 0).flatten(3, 4)
         return grad.sum(2) if k > 1 else grad.squeeze(2)
+
+    def form(self) -> Tensor:
+        blocks = self.blocks()
+        if self.cotangent.requires_grad or self.input.requires_grad:
+            return torch.cat([rows for _, _, rows in blocks], 1)
+        result = self.cotangent.new_empty(self.columns, self.samples, *self.shape)
+        for start, stop, rows in blocks:
+            result[:, start:stop] = rows
+        return result
 
     def take(self, samples: Sequence[int]) -> Structure:
         at = list(samples)

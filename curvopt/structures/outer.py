@@ -37,8 +37,11 @@ class Outer(Structure):
         else:
             # Columns are folded into the output axis: a broadcast product would copy the inputs.
             v, o = self.columns, self.outputs
-            folded = left.movedim(0, -2).flatten(-2)
-            product = _products(folded, right, False).unflatten(2, (v, o)).movedim(2, 0)
+            if left.stride(-1) == 1:
+                folded = left.movedim(0, -2).flatten(-2).mT
+            else:  # as convolutions have it: tokens last in memory
+                folded = left.mT.movedim(0, 2).flatten(2, 3)
+            product = (folded @ right).unflatten(2, (v, o)).movedim(2, 0)
             product = product.mT if self.transposed else product
         return product.reshape(*product.shape[:2], *self.shape)
 
