@@ -16,10 +16,14 @@ from curvopt.api import compute
 from curvopt.errors import CurvoptError
 from curvopt.quantities import (
     BatchDiagGGNExact,
+    BatchDiagHessian,
     BatchGrad,
     BatchL2Grad,
     ClippedGradSum,
     DiagGGNExact,
+    DiagHessian,
+    DiagHessianMC,
+    GradGram,
     Gradient,
     Quantity,
     SqrtGGNExact,
@@ -130,7 +134,7 @@ def verify(
         loss_fn = copy.deepcopy(loss_fn).double() if isinstance(loss_fn, nn.Module) else loss_fn
         model, x, y = copy.deepcopy(model).double(), _double(x), _double(y)
     asked = [_exact(quantity) for quantity in quantities or (BatchGrad(), DiagGGNExact())]
-    names = {p: name for name, p in model.named_parameters() if p.requires_grad}
+    names: dict[Tensor, str] = {p: name for name, p in model.named_parameters() if p.requires_grad}
     loops = Loops(model, loss_fn, x, y, list(names))
     with torch.no_grad():
         if not torch.equal(loops.loss(x, y), loops.loss(x, y)):
@@ -178,8 +182,10 @@ def _double(tree: Any) -> Any:
 
 def _exact(quantity: Quantity) -> Quantity:
     """The quantity, or the exact one that it estimates."""
+    if isinstance(quantity, DiagHessianMC):
+        return DiagHessian()
     known = next((kind for kind in type(quantity).__mro__ if kind in LOOPS), None)
-    if known is None:
+    if known is None or quantity.cotangent.subsample is not None:
         raise TypeError(
             f"there is no loop to compare {quantity!r} with; a model whose BatchGrad and "
             "DiagGGNExact are right has right structures, from which all quantities follow"
@@ -263,6 +269,18 @@ class Loops:
             total = {p: value + left[p] * right[p] for p, value in total.items()}
         return total
 
+    def hessian_diagonal(self, x: Any, y: Any) -> ByParameter:
+        """Second derivatives, one element of the gradient after the other."""
+        slopes = torch.autograd.grad(
+            self.loss(x, y), self.params, create_graph=True, materialize_grads=True
+        )
+        result = {}
+        for p, slope in zip(self.params, slopes, strict=True):
+            elements = enumerate(slope.flatten() if slope.requires_grad else ())
+            second = [self.derivative(element)[p].flatten()[i] for i, element in elements]
+            result[p] = torch.stack(second).view_as(p) if second else torch.zeros_like(p)
+        return result
+
     @cached_property
     def direction(self) -> ByParameter:
         """A random vector over all parameters."""
@@ -304,6 +322,9 @@ LOOPS: dict[type[Quantity], Callable[[Loops, Any], ByParameter]] = {
         lambda r: r.var(0, correction=int(quantity.unbiased)), loops.rows
     ),
     ClippedGradSum: lambda loops, quantity: loops.clipped(quantity.max_norm),
+    GradGram: lambda loops, _: _mapped(lambda r: r.flatten(1) @ r.flatten(1).T, loops.rows),
+    DiagHessian: lambda loops, _: loops.hessian_diagonal(loops.x, loops.y),
+    BatchDiagHessian: lambda loops, _: loops.per_sample(loops.hessian_diagonal),
     DiagGGNExact: lambda loops, _: loops.ggn_diagonal(loops.x, loops.y),
     BatchDiagGGNExact: lambda loops, _: loops.per_sample(loops.ggn_diagonal),
     SqrtGGNExact: lambda loops, _: loops.ggn_product(),

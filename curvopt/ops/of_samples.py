@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
 from curvopt.engine.registry import RULES, rule
-from curvopt.structures import Own
+from curvopt.structures import Own, Structure
 
 if TYPE_CHECKING:
     from curvopt.engine.registry import Arguments
@@ -27,7 +27,7 @@ def _derived(tape: Tape, arguments: Arguments, all_shared: bool) -> bool:
 
 
 @rule(of_samples, parameters="value", applies=_derived)
-def _of_samples(use: UseView, value: Tensor):
+def _of_samples(use: UseView, value: Tensor) -> dict[str, Structure]:
     return {"value": Own(use.cotangent, use.layout)}
 
 

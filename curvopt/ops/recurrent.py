@@ -66,7 +66,9 @@ def _always(tape: Tape, arguments: Arguments, all_shared: bool) -> bool:
 
 
 @rule(all_steps, parameters="weight bias", applies=_always)
-def _all_steps(use: UseView, weight: Tensor, bias: Tensor | None, base: Tensor, steps: Steps):
+def _all_steps(
+    use: UseView, weight: Tensor, bias: Tensor | None, base: Tensor, steps: Steps
+) -> dict[str, Structure]:
     inputs = use.rows(torch.stack(steps.inputs, steps.axis))
     left, right = use.cotangent.flatten(2, -2), inputs.flatten(1, -2)
     found: dict[str, Structure] = {
@@ -158,7 +160,7 @@ def _cell(step: Step) -> Callable[..., Any]:
 
 def _layers(
     input: Tensor, hx: State, weights: list[Tensor], has_biases: bool, num_layers: int,
-    dropout: float, train: bool, bidirectional: bool, step: Step, axis: int,
+    dropout: float, train: bool, bidirectional: bool, *, step: Step, axis: int,
     mask: Tensor | None = None,
 ) -> tuple[Tensor, State]:  # fmt: skip
     """All layers: the last layer's hidden states, and the last states ``[layers, N, H]``."""
@@ -193,9 +195,9 @@ def _network(step: Step) -> Callable[..., Any]:
     """An ``nn.LSTM`` or its like, in both forms: padded, or packed with batch sizes."""
 
     def network(*args: Any) -> tuple[Tensor, ...]:
-        if isinstance(args[3], bool):
+        if isinstance(args[3], bool):  # padded
             input, hx, *rest, batch_first = args
-            output, last = _layers(input, _states(hx), *rest, step, 1 if batch_first else 0)
+            output, last = _layers(input, _states(hx), *rest, step=step, axis=int(batch_first))
             return output, *last
         data, sizes, hx, *rest = args
         # Samples in their own order, which packing has changed to that of their lengths.
@@ -208,7 +210,8 @@ def _network(step: Step) -> Callable[..., Any]:
         mask = mask.to(data.device)[order.argsort()]
         padded = data.new_zeros(n, steps, data.shape[1]).index_put(place, data)
         states = tuple(state[:, order.argsort()] for state in _states(hx))
-        output, last = _layers(padded, states, *rest, step, 1, mask.T.unsqueeze(-1))
+        mask = mask.T.unsqueeze(-1)
+        output, last = _layers(padded, states, *rest, step=step, axis=1, mask=mask)
         return output[place], *(state[:, order] for state in last)
 
     return network
