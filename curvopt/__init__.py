@@ -1,9 +1,9 @@
 """Curvature-aware optimizers for any PyTorch model, on one engine for per-sample quantities."""
 
 from curvopt.api import compute, record
-from curvopt.engine.compute import Result, SlowPathWarning
+from curvopt.engine.compute import Result
 from curvopt.engine.registry import register_rule
-from curvopt.errors import CurvoptError
+from curvopt.errors import CurvoptError, SlowPathWarning
 from curvopt.jacobians import (
     batch_hessian,
     batch_hessian_diag,

@@ -1,4 +1,4 @@
-"""The package's one exception type."""
+"""The package's one exception type, and its one warning."""
 
 
 class CurvoptError(ValueError):
@@ -7,3 +7,7 @@ class CurvoptError(ValueError):
 
 class Uncovered(CurvoptError):
     """A use that its op's rule does not cover after all; the engine takes the slow path."""
+
+
+class SlowPathWarning(UserWarning):
+    """Something is computed exactly, but slowly: one sample or element at a time."""

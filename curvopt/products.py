@@ -8,12 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from curvopt.engine.backward import pull_back
+from curvopt.engine.backward import pull_back, twice_differentiable
 from curvopt.errors import CurvoptError
 
 Vector = Mapping[Tensor, Tensor] | Sequence[Tensor]
 
 
+@twice_differentiable()
 def hessian_vector_product(
     loss: Tensor, params: Iterable[Tensor], v: Vector, *, create_graph: bool = False
 ) -> Any:
@@ -46,6 +47,7 @@ def hessian_vector_product(
     return _in_the_form_of(v, params, product, batched)
 
 
+@twice_differentiable()
 def ggn_vector_product(
     loss: Tensor,
     outputs: Tensor | Sequence[Tensor],

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from curvopt.errors import CurvoptError
 
 # Elements of all uses' outputs above which columns are sent one by one: batching them costs
 # autograd more (copies, worse cache use) than it saves in calls.
@@ -70,8 +73,21 @@ def pull_back(
             )
         )
     return [
-        None
-        if grads[0] is None
-        else (torch.stack(grads) if columns > 1 else grads[0].unsqueeze(0))
+        None if grads[0] is None else (torch.stack(grads) if columns > 1 else grads[0].unsqueeze(0))
         for grads in zip(*columns_of, strict=True)
     ]
+
+
+@contextmanager
+def twice_differentiable() -> Iterator[None]:
+    """Say what to do where an op has no second derivative."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "not implemented" not in str(error):
+            raise
+        raise CurvoptError(
+            f"an op on the way has no second derivative ({error}); write it in plain ops. For "
+            "attention, run the model under "
+            "torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)"
+        ) from error

@@ -18,7 +18,7 @@ from curvopt.engine.registry import FunctionRule
 from curvopt.engine.samples import Layout, layouts, sample_counts
 from curvopt.engine.tape import Tape, Use
 from curvopt.engine.terms import closure_terms, loss_terms, upstream, walk
-from curvopt.errors import CurvoptError, Uncovered
+from curvopt.errors import CurvoptError, SlowPathWarning, Uncovered
 from curvopt.losses import Loss
 from curvopt.losses.base import per_sample
 from curvopt.quantities.base import Context, Cotangent, Pass, Quantity
@@ -109,10 +109,6 @@ class Result:
 
 
 Parts = dict[Tensor, list[Structure]]
-
-
-class SlowPathWarning(UserWarning):
-    """Something is computed exactly, but one sample at a time."""
 
 
 class Computation:

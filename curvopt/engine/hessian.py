@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
@@ -9,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from curvopt.engine.backward import BATCH_BELOW, pull_back
+from curvopt.engine.backward import BATCH_BELOW, pull_back, twice_differentiable
 from curvopt.engine.registry import Rule
-from curvopt.errors import CurvoptError
+from curvopt.errors import CurvoptError, SlowPathWarning
 from curvopt.losses.base import per_sample
 from curvopt.quantities.base import HESSIAN, ROOT, Pass
 from curvopt.structures import (
@@ -43,6 +44,8 @@ PIECEWISE_LINEAR = frozenset(
 )
 # Of these, the ones with several arguments whose product is taken.
 PRODUCTS = frozenset("Addmm Addbmm Baddbmm Bmm Convolution Div Linear Mm Mul Mv".split())
+# Products with the Hessian above which a warning names the parameters that take them.
+SLOW = 10_000
 
 
 class Hessian:
@@ -79,6 +82,7 @@ class Hessian:
 
     # -- the diagonal -----------------------------------------------------------------------------
 
+    @twice_differentiable()
     def diagonal(self, rows: bool) -> dict[Tensor, Tensor]:
         """Exact diagonal: ``[*p]``, or each sample's ``[N, *p]`` with ``rows``.
 
@@ -239,6 +243,16 @@ class Hessian:
         """One product with the Hessian per element (and sample)."""
         if not params:
             return {}
+        columns = sum(p.numel() for p in params) * (self.samples if rows else 1)
+        if columns > SLOW:
+            names = ", ".join(self.tape.name(p) for p in params)
+            warnings.warn(
+                f"the diagonal of the Hessian takes {columns} backward passes for {names}, which "
+                "are used several times, or by an op that is not linear in them; DiagHessianMC "
+                "estimates it",
+                SlowPathWarning,
+                stacklevel=2,
+            )
         if not rows:
             return self._diagonal_of(self._parameter_hessian(None), params)
         each = [self._diagonal_of(self._parameter_hessian(n), params) for n in range(self.samples)]
@@ -269,6 +283,7 @@ class Hessian:
                 ]
         return ParameterHessian(self, cotangents)
 
+    @twice_differentiable()
     def product(self, vectors: dict[Tensor, Tensor]) -> dict[Tensor, Tensor]:
         """Product with vectors ``[V, *p]``, zero for parameters that are not given: ``[V, *p]``."""
         if not hasattr(self, "_whole"):

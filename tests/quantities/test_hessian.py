@@ -222,6 +222,29 @@ def test_blocks(case):
         assert_close(blocks[p](M[0]).flatten(), block @ M[0].flatten())
 
 
+def test_many_products_are_announced(monkeypatch):
+    monkeypatch.setattr(engine, "SLOW", 10)
+    make, shape = UNUSUAL["tied"]
+    problem = build(make, shape, LOSSES["mse"], n=3)
+    with pytest.warns(curvopt.SlowPathWarning, match="12 backward passes .* used several times"):
+        result = curvopt.compute(problem.loss, problem.params, curvopt.DiagHessian())
+    assert_close(result.diag_h, oracles.diag_hessian(*problem))
+
+
+@pytest.mark.parametrize("quantity", [curvopt.DiagHessian(), curvopt.DiagHessianMC()])
+def test_op_without_second_derivative(quantity):
+    layer, x = nn.Linear(4, 4), torch.randn(2, 3, 4)
+
+    def loss():
+        z = layer(x)[:, None]
+        return F.scaled_dot_product_attention(z, z, z).square().sum()
+
+    with pytest.raises(curvopt.CurvoptError, match="sdpa_kernel"):
+        curvopt.compute(loss, layer.parameters(), quantity)
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        curvopt.compute(loss, layer.parameters(), quantity)
+
+
 def test_invalid_samples():
     with pytest.raises(ValueError, match="samples"):
         curvopt.DiagHessianMC(samples=0)
