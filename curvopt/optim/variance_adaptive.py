@@ -300,7 +300,8 @@ class Noise:
         orthogonality_test: :math:`\operatorname{tr} S` across g, over :math:`N |g|^2`, to be
             below nu^2, nu = 5.84 (ibid.). None as above.
         cabs: the batch size that CABS asks for, :math:`\mathrm{lr} \operatorname{tr} S / L`, for a
-            loss L whose minimum is about 0 (Balles et al. 2017, arXiv 1612.05086).
+            loss L whose minimum is about 0; lr is meant for SGD without momentum (Balles et al.
+            2017, arXiv 1612.05086).
     """
 
     batch_size: int
