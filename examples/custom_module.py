@@ -98,6 +98,9 @@ def main() -> None:
         agree(f"{name}: variance", result.variance[w], rows.var(0, correction=0))
         agree(f"{name}: diag_ggn_exact", result.diag_ggn_exact[w], ggn)
 
+    # The same check for any model: this finds a rule that is wrong.
+    print(curvopt.verify(model, F.cross_entropy, x, y, *QUANTITIES, raises=True))
+
 
 if __name__ == "__main__":
     main()

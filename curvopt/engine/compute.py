@@ -475,7 +475,8 @@ class Computation:
             count = self.samples if chosen is None else len(chosen)
             for quantity in asked:
                 first = quantity not in results
-                context = Context(count, *self._scaling(one, quantity, share), first)
+                scaling = self._scaling(one, quantity, share)
+                context = Context(count, *scaling, first, self.tape.name)
                 part = quantity.reduce_all(structures, context)
                 if quantity in results:
                     before = results[quantity]

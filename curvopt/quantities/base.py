@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -56,12 +57,14 @@ class Context:
         factor: number that the rows must be multiplied by.
         share: sample n's share w_n of the loss, a number or ``[N]``; None if its terms differ.
         first: these are the first columns of the pass.
+        name: a parameter's name and shape, for messages.
     """
 
     samples: int
     factor: float = 1.0
     share: float | Tensor | None = 1.0
     first: bool = True
+    name: Callable[[Tensor], str] = str
 
 
 class Quantity:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from torch import Generator, Tensor
 
+from curvopt.errors import CurvoptError
 from curvopt.quantities.base import Context, Cotangent, Quantity
 from curvopt.quantities.ggn import _Sketch, indices
 from curvopt.structures import Conv, Factors, Outer, Shift, Structure
@@ -81,7 +82,12 @@ class KFLR(Quantity):
                 result[p] = Factors(())
                 continue
             reduce = self.tokens == "reduce"
-            factors = structure.kronecker(reduce=reduce, bias=p in with_bias, inputs=context.first)
+            try:
+                factors = structure.kronecker(
+                    reduce=reduce, bias=p in with_bias, inputs=context.first
+                )
+            except CurvoptError as error:
+                raise CurvoptError(f"{context.name(p)}: {error}") from None
             result[p] = factors if context.factor == 1 else factors.scaled(context.factor**2)
         return result
 

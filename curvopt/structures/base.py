@@ -170,9 +170,9 @@ class Structure(ABC):
         """
         if self.shape.numel() > DENSE_BLOCK:
             raise CurvoptError(
-                f"a parameter of shape {list(self.shape)} is used in a way that has no Kronecker "
-                f"factors, and its block of {self.shape.numel()}^2 elements is not formed: leave "
-                "it out of params, or ask for DiagGGNExact"
+                "the parameter is used in a way that has no Kronecker factors, and its block of "
+                f"{self.shape.numel()}^2 elements is too large to form: leave it out of params, or "
+                "ask for DiagGGNExact"
             )
         flat = (rows.reshape(-1, self.shape.numel()) for _, _, rows in self.blocks())
         return Factors([_accumulate(rows.mT @ rows for rows in flat)])
