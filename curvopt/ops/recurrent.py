@@ -95,7 +95,7 @@ def _gru_step(gates: Tensor, projected: Tensor, state: State) -> State:
     size = state[0].shape[1]
     r, z = gates[:, : 2 * size].sigmoid().chunk(2, 1)
     n = torch.addcmul(projected[:, 2 * size :], r, gates[:, 2 * size :]).tanh()
-    return (torch.lerp(n, state[0], z),)
+    return (n + z * (state[0] - n),)
 
 
 def _tanh_step(gates: Tensor, projected: Tensor, state: State) -> State:

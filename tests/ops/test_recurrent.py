@@ -153,6 +153,23 @@ def test_forward_pass_is_torchs_own(name, x):
         assert_close(case.model(case.x).detach(), expected.detach(), 1e-12)
 
 
+@pytest.mark.parametrize("make", [Recurrent, Cells])
+@pytest.mark.parametrize("kind", ["LSTM", "GRU", "RNN"])
+def test_autocast(kind, make):
+    """As exact as bfloat16 is."""
+    case = problem(make(getattr(nn, kind + "Cell" * (make is Cells))))
+    truth = oracles.batch_grad(*case)
+    model, x = case.model.float(), case.x.float()
+
+    def closure():
+        with torch.autocast("cpu", torch.bfloat16):
+            return F.cross_entropy(model(x), case.y)
+
+    rows = curvopt.compute(closure, case.params, curvopt.BatchGrad()).batch_grad
+    for p, row in rows.items():
+        assert_close(row, truth[p].float(), 0.1)
+
+
 def test_weights_have_one_use_each_however_long_the_sequence():
     for length in (2, 9):
         model = nn.LSTM(3, 4, num_layers=2, bidirectional=True, proj_size=2)
