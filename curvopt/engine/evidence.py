@@ -41,11 +41,12 @@ def combines_samples(tape: Tape, arguments: Arguments, all_shared: bool) -> bool
 def looks_up_samples(tape: Tape, arguments: Arguments, all_shared: bool) -> bool:
     """The indices are data (token ids), not one table for all samples (positions).
 
-    A table that was expanded along the sample axis (token types by default) counts as data.
+    A table that was repeated along the sample axis (token types by default) counts as data.
     """
     indices = arguments["input"]
     if all_shared:
-        return indices.ndim > 1 and indices.shape[0] == tape.hint and indices.stride(0) == 0
+        repeated = indices.ndim > 1 and indices.shape[0] == tape.hint
+        return repeated and bool((indices == indices[:1]).all())
     return _holds_samples(tape, indices.shape)
 
 
