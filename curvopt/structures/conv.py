@@ -149,7 +149,10 @@ class Conv(Structure):
         small = self.columns * self.samples * self.shape.numel() <= 4 * kept
         if not small or t * (o + i) < o * i:
             return self
-        return Dense(torch.cat([rows for _, _, rows in self.blocks()], 1))
+        values = self.cotangent.new_empty(self.columns, self.samples, *self.shape)
+        for start, stop, rows in self.blocks():
+            values[:, start:stop] = rows
+        return Dense(values)
 
     def dots(self, direction: Tensor) -> Tensor:
         # <row, d> is the cotangent's product with the convolution of the input by d.
