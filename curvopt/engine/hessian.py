@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import BackwardCFunction
 
 from curvopt.engine.backward import BATCH_BELOW, pull_back, twice_differentiable
 from curvopt.engine.registry import Rule
@@ -33,14 +34,16 @@ if TYPE_CHECKING:
 
 # Graph nodes of functions that are piecewise linear in one argument, the others held.
 PIECEWISE_LINEAR = frozenset(
-    "AdaptiveAvgPool2D AdaptiveAvgPool3D AdaptiveMaxPool2D Add Alias AsStrided "
-    "AvgPool2D AvgPool3D Cat Clamp ClampMax ClampMin Clone ConstantPadNd Copy Div Expand Flip "
-    "Gather Hardtanh Index IndexSelect LeakyRelu MaxPool2DWithIndices MaxPool3DWithIndices Mean "
-    "NativeDropout Neg Permute ReflectionPad1D ReflectionPad2D ReflectionPad3D Relu Repeat "
-    "ReplicationPad1D ReplicationPad2D ReplicationPad3D ReshapeAlias Roll Select Slice Split "
-    "SplitWithSizes Squeeze Stack Sub Sum T Threshold ToCopy Transpose Unbind UnsafeView Unsqueeze "
-    "UpsampleNearest1D UpsampleNearest2D View "
-    "Addmm Addbmm Baddbmm Bmm Convolution Linear Mm Mul Mv".split()
+    (
+        "Abs AdaptiveAvgPool2D AdaptiveAvgPool3D AdaptiveMaxPool2D Add Addbmm Addmm Alias AsStrided "
+        "AvgPool2D AvgPool3D Baddbmm Bmm Cat Clamp ClampMax ClampMin Clone ConstantPadNd "
+        "Convolution Copy Div Expand Flip Gather Hardtanh Index IndexSelect LeakyRelu Linear "
+        "MaxPool2DWithIndices MaxPool3DWithIndices Maximum Mean Minimum Mm Mul Mv NativeDropout Neg "
+        "Permute ReflectionPad1D ReflectionPad2D ReflectionPad3D Relu Repeat ReplicationPad1D "
+        "ReplicationPad2D ReplicationPad3D ReshapeAlias Roll Select Slice Split SplitWithSizes "
+        "Squeeze Stack Sub Sum T Threshold ToCopy Transpose Unbind UnsafeView Unsqueeze "
+        "UpsampleNearest1D UpsampleNearest2D View Where"
+    ).split()
 )
 # Of these, the ones with several arguments whose product is taken.
 PRODUCTS = frozenset("Addmm Addbmm Baddbmm Bmm Convolution Div Linear Mm Mul Mv".split())
@@ -402,7 +405,8 @@ def affine_edges(outputs: list[Tensor], nodes: list[Any]) -> set[Any]:
         name = type(node).__name__.split("Backward")[0]
         several = name in PRODUCTS and len(following) > 1
         divisor = name == "Div" and node.next_functions[1:] and node.next_functions[1][0] in data
-        linear = name in PIECEWISE_LINEAR
+        # A custom autograd.Function may have any name.
+        linear = name in PIECEWISE_LINEAR and not isinstance(node, BackwardCFunction)
         if name == "NativeBatchNorm":
             linear = not node._saved_training
         if not (clean[node] and linear) or several or divisor:

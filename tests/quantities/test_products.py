@@ -163,6 +163,15 @@ def test_weighted_rows(name):
 
 
 @pytest.mark.parametrize("name", STRUCTURES)
+def test_some_samples(name):
+    structure, rows = STRUCTURES[name]()
+    taken = structure.take([2, 0])
+    assert taken.samples == 2
+    assert_close(taken.form(), rows[:, [2, 0]], 1e-12)
+    assert_close(taken.sum_of_squares(), rows[:, [2, 0]].square().sum((0, 1)), 1e-12)
+
+
+@pytest.mark.parametrize("name", STRUCTURES)
 def test_products_of_rows(name):
     structure, rows = STRUCTURES[name]()
     flat = rows.reshape(*rows.shape[:2], -1)
