@@ -182,7 +182,11 @@ class EngineOptimizer(torch.optim.Optimizer):
     def record(self) -> AbstractContextManager[Any]:
         """Record the forward and backward pass of one step, for loops without a closure.
 
-        Several blocks before one ``step()`` add up: gradient accumulation.
+        Several blocks before one ``step()`` add up: gradient accumulation. Frameworks: PyTorch
+        Lightning's automatic optimization hands `step` a closure and needs nothing, but it cannot
+        accumulate gradients, for it runs the first closures elsewhere; its manual optimization
+        records. Under Accelerate, record with the optimizer that was given to ``prepare``.
+        `transformers.Trainer` owns both passes, and records them as shown.
 
         Example:
             >>> opt.zero_grad()
@@ -190,6 +194,11 @@ class EngineOptimizer(torch.optim.Optimizer):
             ...     loss = loss_fn(model(x), y)
             ...     loss.backward()
             >>> opt.step()
+
+            >>> class Recorded(transformers.Trainer):
+            ...     def training_step(self, *args, **kwargs):
+            ...         with getattr(self.optimizer, "optimizer", self.optimizer).record():
+            ...             return super().training_step(*args, **kwargs)
         """
         if (wrapped := _wrapped(self)) is not None:
             return wrapped.record()

@@ -596,3 +596,46 @@ def test_invalid_settings(row):
     with pytest.raises(ValueError, match=r"one element|1-element"):
         build(row, lr=torch.ones(2))
     assert len(opt.param_groups) == 1
+
+
+@every
+def test_recorded_pass_that_fails(row):
+    model, opt = build(row)
+    train(model, opt, 1)
+    opt.zero_grad()
+    before = snapshot(model, opt)
+    rows = F.cross_entropy(model(batch(0)[0]), batch(0)[1], reduction="none")
+    with opt.record(), pytest.raises((curvopt.CurvoptError, RuntimeError), match="scalar"):
+        rows.backward()
+    assert same(snapshot(model, opt), before)
+    opt.zero_grad()
+    with opt.record():
+        loss_of(model, 0).backward()
+    opt.step()
+
+
+@pytest.mark.parametrize("row", [row for row in ROWS if row not in PRIVATE])
+def test_several_records_add_up(row):
+    """Also between updates of the curvature or variance, and not when the model was zeroed."""
+    runs = []
+    for dropped in (False, True):
+        model, opt = build(row, torch.float64)
+        torch.manual_seed(1)
+        for t in range(12):
+            if dropped:
+                drawn = torch.get_rng_state()
+                with opt.record():
+                    loss_of(model, t + 1).backward()
+                model.zero_grad()
+                torch.set_rng_state(drawn)
+            opt.zero_grad()
+            for part in (t, t + 1):
+                with opt.record():
+                    (loss_of(model, part) / 2).backward()
+            grads = torch.autograd.grad(
+                (loss_of(model, t) + loss_of(model, t + 1)) / 2, list(model.parameters())
+            )
+            torch.testing.assert_close([p.grad for p in model.parameters()], list(grads))
+            opt.step()
+        runs.append(parameters(model))
+    assert same(runs[0], runs[1])
