@@ -163,6 +163,15 @@ def test_old_weight_norm():
     check(problem(nn.Sequential(torch.nn.utils.weight_norm(nn.Linear(4, 3)), nn.Tanh())))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_derived_of_another_type(dtype):
+    """A weight that is cast to a type of less precision: as exact as that."""
+    case = problem(
+        Function(lambda x, w, b: (x.to(dtype) @ w.to(dtype)).double() + b, w=(4, 3), b=3)
+    )
+    check(case, rtol=0.05 if dtype is torch.bfloat16 else 1e-5)
+
+
 def test_spectral_norm_in_training_mode():
     """Its power iteration changes a buffer at every forward pass, so two passes differ."""
     layer = parametrizations.spectral_norm(nn.Linear(4, 3))

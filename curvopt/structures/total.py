@@ -127,11 +127,15 @@ class Pulled(Structure):
         flat = rows.reshape(-1, *self.value.shape)
         return self._vjp(flat, batched=True).unflatten(0, rows.shape[:lead])
 
+    def _weights(self, weights: Tensor) -> Tensor:
+        """Weights in the type of the inner rows; the value may have another one than p."""
+        return weights.to(torch.promote_types(self.value.dtype, torch.float32))
+
     def _vjp(self, rows: Tensor, *, batched: bool) -> Tensor:
         (pulled,) = torch.autograd.grad(
             self.value,
             self.parameter,
-            rows,
+            rows.to(self.value.dtype),
             retain_graph=True,
             create_graph=self.create_graph,
             is_grads_batched=batched,
@@ -145,6 +149,7 @@ class Pulled(Structure):
         return self.pull(self.inner.rows(start, stop), 2)
 
     def sum(self, weights: Tensor | None = None) -> Tensor:
+        weights = None if weights is None else self._weights(weights)
         return self.pull(self.inner.sum(weights), 0)
 
     def sum_of_squares(self) -> Tensor:
@@ -166,7 +171,7 @@ class Pulled(Structure):
         return self.inner.squared_norms() if self.isometry else super().squared_norms()
 
     def weighted(self, weights: Tensor) -> Tensor:
-        return self.pull(self.inner.weighted(weights), 0)
+        return self.pull(self.inner.weighted(self._weights(weights)), 0)
 
     def gram(self, other: Structure) -> Tensor:
         if self.isometry and isinstance(other, Pulled):
