@@ -34,16 +34,15 @@ if TYPE_CHECKING:
 
 # Graph nodes of functions that are piecewise linear in one argument, the others held.
 PIECEWISE_LINEAR = frozenset(
-    (
-        "Abs AdaptiveAvgPool2D AdaptiveAvgPool3D AdaptiveMaxPool2D Add Addbmm Addmm Alias AsStrided "
-        "AvgPool2D AvgPool3D Baddbmm Bmm Cat Clamp ClampMax ClampMin Clone ConstantPadNd "
-        "Convolution Copy Div Expand Flip Gather Hardtanh Index IndexSelect LeakyRelu Linear "
-        "MaxPool2DWithIndices MaxPool3DWithIndices Maximum Mean Minimum Mm Mul Mv NativeDropout Neg "
-        "Permute ReflectionPad1D ReflectionPad2D ReflectionPad3D Relu Repeat ReplicationPad1D "
-        "ReplicationPad2D ReplicationPad3D ReshapeAlias Roll Select Slice Split SplitWithSizes "
-        "Squeeze Stack Sub Sum T Threshold ToCopy Transpose Unbind UnsafeView Unsqueeze "
-        "UpsampleNearest1D UpsampleNearest2D View Where"
-    ).split()
+    """
+    Abs AdaptiveAvgPool2D AdaptiveAvgPool3D AdaptiveMaxPool2D Add Addbmm Addmm Alias AsStrided
+    AvgPool2D AvgPool3D Baddbmm Bmm Cat Clamp ClampMax ClampMin Clone ConstantPadNd Convolution
+    Copy Div Expand Flip Gather Hardtanh Index IndexSelect LeakyRelu Linear MaxPool2DWithIndices
+    MaxPool3DWithIndices Maximum Mean Minimum Mm Mul Mv NativeDropout Neg Permute ReflectionPad1D
+    ReflectionPad2D ReflectionPad3D Relu Repeat ReplicationPad1D ReplicationPad2D ReplicationPad3D
+    ReshapeAlias Roll Select Slice Split SplitWithSizes Squeeze Stack Sub Sum T Threshold ToCopy
+    Transpose Unbind UnsafeView Unsqueeze UpsampleNearest1D UpsampleNearest2D View Where
+    """.split()
 )
 # Of these, the ones with several arguments whose product is taken.
 PRODUCTS = frozenset("Addmm Addbmm Baddbmm Bmm Convolution Div Linear Mm Mul Mv".split())
