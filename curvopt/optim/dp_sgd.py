@@ -165,17 +165,12 @@ class PrivateOptimizer(EngineOptimizer):
 
     def _privatize(self, params: list[Tensor], sums: dict[Tensor, Tensor]) -> None:
         """``p.grad = (sum + N(0, std^2)) / B``, rounded to the parameter's dtype at the end."""
-        size = self.expected_batch_size
-        totals = [sums[p] if p in sums else _zeros(p) for p in params]
-        if not self._std:
-            noisy = [total.div_(size) for total in totals]
+        totals = [sums[p].contiguous() if p in sums else _zeros(p) for p in params]
+        if self._std:
+            self._noise.add_to(totals, self._std, self.expected_batch_size)
         else:
-            noise = self._noise.draw(totals, self._std / size)
-            noisy = [
-                torch.add(part, total, alpha=1 / size, out=total)
-                for part, total in zip(noise, totals, strict=True)
-            ]
-        for p, grad in zip(params, noisy, strict=True):
+            torch._foreach_div_(totals, self.expected_batch_size)
+        for p, grad in zip(params, totals, strict=True):
             p.grad = grad.to(p.dtype)
 
     def _check_sizes(self, size: int) -> None:

@@ -7,7 +7,7 @@ import functools
 import hashlib
 import math
 import secrets
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -100,8 +100,9 @@ def _fill(noise: Tensor, std: float, generator: torch.Generator, secure: bool) -
 
 
 # On a CPU the noise of a step comes from this many streams, each in a thread where threads are to
-# be had: fixed, so that the noise does not depend on them. Fewer elements are drawn at once.
-STREAMS, AT_ONCE = 4, 1 << 16
+# be had: fixed, so that the noise does not depend on them. They take turns with pieces that stay in
+# the cache.
+STREAMS, PIECE = 4, 1 << 16
 
 
 @functools.cache
@@ -142,33 +143,38 @@ class GaussianNoise:
         """Draw noise of the shape and device of ``like``; see :func:`gaussian_noise`."""
         return gaussian_noise(like, std, generator=self._stream(like.device), secure=self.secure)
 
-    def draw(self, likes: Sequence[Tensor], std: float) -> list[Tensor]:
-        """Noise for several tensors, as by one call each, but drawn together."""
-        kinds = [(like.device, noise_dtype(like, self.secure)) for like in likes]
-        parts: dict[Any, Iterator[Tensor]] = {}
-        for device, dtype in dict.fromkeys(kinds):
-            mine = [
-                like for like, kind in zip(likes, kinds, strict=True) if kind == (device, dtype)
-            ]
-            sizes = [like.numel() for like in mine]
-            flat = torch.empty(sum(sizes), dtype=dtype, device=device)
-            self._fill(flat, std)
-            views = zip(flat.split(sizes), mine, strict=True)
-            parts[device, dtype] = (view.view(like.shape) for view, like in views)
-        return [next(parts[kind]) for kind in kinds]
+    def add_to(self, totals: Sequence[Tensor], std: float, size: float) -> None:
+        r"""Turn sums into :math:`(\mathrm{sum} + N(0, \mathrm{std}^2)) / \mathrm{size}`, in place.
 
-    def _fill(self, flat: Tensor, std: float) -> None:
+        The sum is rounded to its dtype after the noise was added.
+
+        Args:
+            totals: Contiguous tensors, float32 at least.
+            std: Standard deviation of the noise.
+            size: What to divide by.
+
+        Raises:
+            CurvoptError: ``std`` is negative or not finite.
+        """
         require(0 <= std < math.inf, "noise standard deviation", std, "must be finite and >= 0")
-        if flat.device.type != "cpu" or len(flat) < AT_ONCE:
-            _fill(flat, std, self._stream(flat.device), self.secure)
-            return
-        chunks = flat.chunk(STREAMS)
-        streams = [self._stream(flat.device, index) for index in range(STREAMS)]
-        jobs = (chunks, [std] * STREAMS, streams, [self.secure] * STREAMS)
-        if torch.get_num_threads() == 1:
-            list(map(_fill, *jobs))
+        pieces: dict[tuple[torch.device, int], list[Tensor]] = {}
+        turn = 0
+        for total in totals:
+            on_cpu = total.device.type == "cpu"
+            for piece in total.view(-1).split(PIECE if on_cpu else max(1, total.numel())):
+                pieces.setdefault((total.device, turn % STREAMS if on_cpu else 0), []).append(piece)
+                turn += 1
+        streams = [self._stream(device, index) for device, index in pieces]
+
+        def work(mine: list[Tensor], stream: torch.Generator) -> None:
+            for piece in mine:
+                noise = gaussian_noise(piece, std / size, generator=stream, secure=self.secure)
+                torch.add(noise, piece, alpha=1 / size, out=piece)
+
+        if torch.get_num_threads() > 1 and sum(map(torch.Tensor.numel, totals)) > PIECE:
+            list(_threads().map(work, pieces.values(), streams))
         else:
-            list(_threads().map(_fill, *jobs))
+            list(map(work, pieces.values(), streams))
 
     def _stream(self, device: torch.device, index: int = 0) -> torch.Generator:
         name = f"{device}/{index}" if index else str(device)

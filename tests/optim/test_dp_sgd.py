@@ -452,8 +452,8 @@ def lower_bound(std_factor, trials=800, delta=0.01):
     """A lower bound of epsilon, 95 % sure, from telling two neighbouring batches apart."""
     weight = nn.Parameter(torch.zeros(1))
     opt = private([weight], noise_multiplier=1.0, generator=seeded(3))
-    draw = opt._noise.draw
-    opt._noise.draw = lambda likes, std: draw(likes, std * std_factor)
+    add_to = opt._noise.add_to
+    opt._noise.add_to = lambda totals, std, size: add_to(totals, std * std_factor, size)
     x = torch.tensor([[1.0], [-3.0], [2.0]])
 
     def released(x):
