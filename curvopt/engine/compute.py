@@ -23,7 +23,7 @@ from curvopt.losses import Loss
 from curvopt.losses.base import per_sample
 from curvopt.quantities.base import Context, Cotangent, Pass, Quantity
 from curvopt.quantities.first_order import Gradient
-from curvopt.structures import Dense, Pulled, Structure, total
+from curvopt.structures import Dense, Own, Pulled, Structure, total
 
 # Powers of two that tell samples apart: from 1 up, so that half precision keeps small numbers.
 _POWERS = 13
@@ -325,16 +325,7 @@ class Computation:
         candidates = {use: list(layouts(use.shape, n)) for use in self.record.uses}
         if n < 2:
             return self._one_sample(outputs, candidates)
-        generator = torch.Generator().manual_seed(0)
-        factors = [torch.ones(n)] + [
-            torch.randperm(n, generator=generator).mul(_POWERS).div(n).floor().exp2()
-            for _ in range(2)
-        ]
-        noise = [torch.rand(output.shape, generator=generator).add_(0.5) for output in outputs]
-        cotangents = [
-            torch.stack([per_sample(base, factor, layout) for factor in factors]).to(output)
-            for base, output, layout in zip(noise, outputs, chosen, strict=True)
-        ]
+        factors, cotangents = _probes(n, outputs, chosen)
         grads = pull_back(outputs, cotangents, [use.edge for use in candidates], batched=False)
         result: dict[Use, Layout | None] = {}
         for (use, options), grad in zip(candidates.items(), grads, strict=True):
@@ -588,6 +579,10 @@ class Computation:
     ) -> None:
         """Exact rows of whatever no rule covers: one backward pass per sample and column."""
         for use in uncovered:
+            own = self._own_parts(use, outputs, cotangents)
+            if own is not None:
+                self._add(parts, use, own)
+                continue
             roots = {root for value in use.values.values() for root in value.roots}
             self._warn([self.tape.by_id[root] for root in roots], use.op)
             leaves = [use.arguments[name] for name in use.values]
@@ -601,6 +596,29 @@ class Computation:
             rows = self._sample_by_sample(outputs, cotangents, list(direct))
             for p, row in zip(direct, rows, strict=True):
                 parts[p].append(Dense(row))
+
+    def _own_parts(
+        self, use: Use, outputs: list[Tensor], cotangents: list[Tensor]
+    ) -> dict[Any, Structure] | None:
+        """Structures of derived values, if they turn out to hold a part for every sample."""
+        leaves = [use.arguments[name] for name in use.values]
+        if self.samples < 2 or any(id(v.tensor) in self.tape.by_id for v in use.values.values()):
+            return None
+        factors, probes = _probes(self.samples, outputs, self.term_layouts)
+        grads = pull_back(outputs, probes, leaves, batched=False)
+        rows = pull_back(
+            outputs, cotangents, leaves, batched=False, create_graph=self.tape.create_graph
+        )
+        found: dict[Any, Structure] = {}
+        for name, leaf, grad, row in zip(use.values, leaves, grads, rows, strict=True):
+            if grad is None or row is None or not grad[0].any():
+                return None
+            options = layouts(leaf.shape, self.samples)
+            layout = next((o for o in options if _scales(grad, factors, o)), None)
+            if layout is None:
+                return None
+            found[name] = Own(layout.split(row, 1), layout)
+        return found
 
     def _warn(self, parameters: list[Tensor], op: str) -> None:
         if self.samples > 1:
@@ -668,6 +686,23 @@ def check_loss(loss: Any, *, finite: bool = True) -> None:
             f"the loss is {loss.item()}, not finite; nothing was changed. Lower the learning "
             "rate, or look for inputs that are not finite"
         )
+
+
+def _probes(
+    n: int, outputs: list[Tensor], chosen: list[Layout]
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Factors per sample, the first all ones, and random cotangents that are scaled by them."""
+    generator = torch.Generator().manual_seed(0)
+    factors = [torch.ones(n)] + [
+        torch.randperm(n, generator=generator).mul(_POWERS).div(n).floor().exp2()
+        for _ in range(2)
+    ]
+    noise = [torch.rand(output.shape, generator=generator).add_(0.5) for output in outputs]
+    cotangents = [
+        torch.stack([per_sample(base, factor, layout) for factor in factors]).to(output)
+        for base, output, layout in zip(noise, outputs, chosen, strict=True)
+    ]
+    return factors, cotangents
 
 
 def _scales(grad: Tensor, factors: list[Tensor], layout: Layout) -> bool:
