@@ -22,7 +22,7 @@ TUTORIALS = {  # script: its picture
 
 
 @pytest.fixture(autouse=True)
-def _beside_their_helper(monkeypatch):
+def _beside_the_scripts(monkeypatch):
     monkeypatch.syspath_prepend(str(EXAMPLES))
     rules = dict(MODULE_RULES)
     yield
