@@ -76,6 +76,29 @@ MODELS = {
     "bert": Row(
         hf.BertForSequenceClassification, padded_text, tokens | layers | dict(num_labels=3)
     ),
+    "deberta": Row(
+        hf.DebertaV2ForSequenceClassification,
+        padded_text,
+        tokens
+        | layers
+        | dict(num_labels=3, relative_attention=True, pos_att_type=["c2p", "p2c"])
+        | dict(position_buckets=4),
+    ),
+    "opt": Row(
+        hf.OPTForCausalLM,
+        text,
+        tokens
+        | dict(hidden_size=4, num_hidden_layers=1, num_attention_heads=2, ffn_dim=6)
+        | dict(word_embed_proj_dim=4, max_position_embeddings=8),
+    ),
+    "bart": Row(
+        hf.BartForConditionalGeneration,
+        translation,
+        tokens
+        | dict(d_model=4, encoder_layers=1, decoder_layers=1, max_position_embeddings=8)
+        | dict(encoder_attention_heads=2, decoder_attention_heads=2)
+        | dict(encoder_ffn_dim=6, decoder_ffn_dim=6, decoder_start_token_id=1),
+    ),
     "t5": Row(
         hf.T5ForConditionalGeneration,
         translation,

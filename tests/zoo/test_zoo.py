@@ -13,7 +13,7 @@ from tests.zoo import hugging_face, plain
 
 FIELDS = ["batch_grad", "batch_l2", "clipped_grad_sum", "diag_ggn_exact"]
 # These cast to float32 on the way, whatever their parameters are: the logits, or in their norms.
-SINGLE_LOSS, SINGLE_NORM = ["gpt2", "llama"], ["llama", "t5"]
+SINGLE_LOSS, SINGLE_NORM = ["gpt2", "llama", "opt"], ["llama", "t5"]
 
 
 def cross_entropy(z, y):
