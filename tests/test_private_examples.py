@@ -1,0 +1,58 @@
+import json
+import os
+import re
+import subprocess
+import sys
+from importlib.util import find_spec
+
+import pytest
+
+from tests.test_datasets import write_mnist
+from tests.test_examples import ROOT
+
+
+def run(script, *arguments):
+    one_thread = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, f"examples/{script}", "--smoke", *arguments]
+    return subprocess.run(
+        command, cwd=ROOT, env=one_thread, capture_output=True, text=True, timeout=180
+    )
+
+
+def test_private_mnist(tmp_path):
+    write_mnist(tmp_path)
+    out = tmp_path / "out"
+    done = run(
+        "private_mnist.py", "--data-dir", str(tmp_path), "--out", str(out), "--batch-size", "2"
+    )
+    assert done.returncode == 0, done.stderr
+    last = done.stdout.splitlines()[-1]
+    assert re.fullmatch(r"test accuracy \d+\.\d\d% at epsilon [0-3]\.\d\d, \d+ s of training", last)
+    assert "epsilon=" in done.stderr  # in the progress bar
+    assert (out / "private_mnist.png").read_bytes().startswith(b"\x89PNG")
+    curve = json.loads((out / "private_mnist.json").read_text())["curve"]
+    assert 0 < curve[0]["epsilon"] < curve[1]["epsilon"] <= 3
+    report = (out / "private_mnist.txt").read_text()
+    for part in ("one image of", "add or remove", "Poisson, amplified by q", "PLD", "sigma = "):
+        assert part in report
+
+
+@pytest.mark.parametrize("adapters", [False, True])
+def test_private_finetuning(adapters):
+    pytest.importorskip("transformers")
+    if adapters and not find_spec("peft"):
+        pytest.skip("needs peft")
+    done = run("private_finetuning.py", *["--lora"] * adapters)
+    assert done.returncode == 0, done.stderr
+    assert "one text of 256" in done.stdout
+    count = "16,384" if adapters else "104,704"
+    assert f"{count} parameters" in done.stdout.splitlines()[-1]
+
+
+def test_private_mnist_refuses(tmp_path):
+    write_mnist(tmp_path)
+    done = run(
+        "private_mnist.py", "--data-dir", str(tmp_path), "--batch-size", "2", "--max-grad-norm", "0"
+    )
+    assert done.returncode == 2
+    assert "Invalid max_grad_norm: 0" in done.stderr
