@@ -61,21 +61,27 @@ def pull_back(
             # A node that cannot be vectorized (a custom autograd.Function, compiled code).
             if "vmap" not in str(error) and "compiled" not in str(error):
                 raise
-    columns_of = []
+    found: list[Any] = [None] * len(inputs)
     for column in range(columns):
-        columns_of.append(
-            torch.autograd.grad(
-                outputs,
-                inputs,
-                [cotangent[column] for cotangent in cotangents],
-                retain_graph=retain_graph or create_graph or column < columns - 1,
-                **options,
-            )
+        grads = torch.autograd.grad(
+            outputs,
+            inputs,
+            [cotangent[column] for cotangent in cotangents],
+            retain_graph=retain_graph or create_graph or column < columns - 1,
+            **options,
         )
-    return [
-        None if grads[0] is None else (torch.stack(grads) if columns > 1 else grads[0].unsqueeze(0))
-        for grads in zip(*columns_of, strict=True)
-    ]
+        for index, grad in enumerate(grads):
+            if grad is None:
+                continue
+            if columns == 1:
+                found[index] = grad.unsqueeze(0)
+            elif create_graph:
+                found[index] = [*(found[index] or ()), grad]
+            else:  # one column's copy at a time
+                if not column:
+                    found[index] = grad.new_empty(columns, *grad.shape)
+                found[index][column] = grad
+    return [torch.stack(part) if isinstance(part, list) else part for part in found]
 
 
 @contextmanager

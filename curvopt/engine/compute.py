@@ -29,7 +29,7 @@ from curvopt.structures import Dense, Own, Pulled, Structure, total
 _POWERS = 13
 
 # Bytes of cotangents that one chunk of columns may hold at the uses.
-CHUNK_BYTES = 1 << 24
+CHUNK_BYTES = 1 << 25
 
 # Sample axes that were found to hold, by first parameter and signature of the forward pass: a
 # repeated forward pass is not checked again.

@@ -68,6 +68,12 @@ def closure_terms(
         CurvoptError: the loss does not depend on the model through the output alone, or how it was
             reduced over the samples is not known.
     """
+    try:
+        terms = loss_terms(loss, record, reduction)
+    except CurvoptError:
+        terms = []
+    if terms and not any(isinstance(term, Reduction) for term in terms):
+        return terms  # of losses that are known better than by their output
     if not isinstance(output, Tensor) or output.grad_fn is None or not output.ndim:
         raise CurvoptError("(loss, output): the output must be the model's output, a tensor [N, *]")
     nodes, loose = walk(loss.grad_fn, {output.grad_fn})
@@ -77,10 +83,6 @@ def closure_terms(
             f"{list(output.shape)} alone; return the tensor that the loss was computed from"
         )
     if reduction is None:
-        try:
-            terms = loss_terms(loss, record, None)
-        except CurvoptError:
-            terms = []
         kinds = {
             "sum" if (t.ending if t.reduction == "none" else t.reduction) == "sum" else "mean"
             for t in terms
