@@ -182,6 +182,32 @@ def test_loss_and_output_on_a_tape():
     assert_close(result.diag_ggn_exact, oracles.diag_ggn(*problem), 1e-8)
 
 
+@pytest.mark.parametrize("name", ["quartic-mean", "cross-entropy"])
+def test_optimizers_take_the_output(name):
+    """The step of a loss written by hand is that of its curvature, to the last digit."""
+    fn, target, _ = BY_HAND[name]
+    problem = build(lambda: mlp(nn.Tanh), (4,), Loss(fn, target))
+    exact = curvopt.compute(with_output(problem), problem.params, curvopt.DiagGGNExact())
+    seen = []
+
+    class Optimizer(curvopt.DiagGGNOptimizer):
+        def _wanted(self):
+            return [curvopt.DiagGGNExact()]
+
+        def _update(self):
+            seen.extend(self.collected)
+
+    Optimizer(problem.params).step(with_output(problem))
+    assert_close(seen[0]["diag_ggn_exact"], dict(exact.diag_ggn_exact))
+
+
+def test_known_losses_are_known_better_than_by_their_output():
+    """Ignored targets change the shares of the samples, which a bare output does not tell."""
+    loss = Loss(lambda z, y: F.cross_entropy(z, y, ignore_index=0), label)
+    problem = build(lambda: mlp(nn.Tanh), (4,), loss, n=6)
+    check(problem, lambda _, *args: curvopt.compute(with_output(problem), *args))
+
+
 # Refusals.
 
 

@@ -129,9 +129,10 @@ class EngineOptimizer(torch.optim.Optimizer):
         """Take one step.
 
         Args:
-            closure: returns the loss; it may or may not call ``zero_grad()`` and ``backward()``.
-                It runs once, with gradients enabled. Without a closure the forward and backward
-                pass must have run inside ``with opt.record():``.
+            closure: returns the loss, or ``(loss, output)`` with the model's output for a loss
+                written by hand; it may or may not call ``zero_grad()`` and ``backward()``. It runs
+                once, with gradients enabled. Without a closure the forward and backward pass must
+                have run inside ``with opt.record():``.
 
         Returns:
             What the closure returned.
@@ -176,7 +177,10 @@ class EngineOptimizer(torch.optim.Optimizer):
             return loss
         self.zero_grad()
         with torch.enable_grad():  # and no recording of the pass itself
-            tape.on_backward(loss[0] if isinstance(loss, tuple) and loss else loss)
+            value, *others = loss if isinstance(loss, tuple) and loss else (loss,)
+            outputs = [o for o in others if isinstance(o, Tensor) and o.ndim and o.requires_grad]
+            output = outputs[0] if len(outputs) == len(others) == 1 else None
+            tape.on_backward(value, output=output)
         return loss
 
     def record(self) -> AbstractContextManager[Any]:
@@ -213,13 +217,16 @@ class EngineOptimizer(torch.optim.Optimizer):
             retain_graph: bool | None = None,
             create_graph: bool = False,
             inputs: Any = None,
+            output: Tensor | None = None,
         ) -> None:
             if gradient is not None or create_graph or inputs is not None or retain_graph:
                 raise CurvoptError(
                     "a recorded backward() takes no arguments; scale the loss instead of giving a "
                     "gradient, and go backward once over one forward pass"
                 )
-            computation = Computation(tape, loss, self.reduction, finite=self.finite_loss)
+            computation = Computation(
+                tape, loss, self.reduction, output=output, finite=self.finite_loss
+            )
             self._begin_pass()
             if self.serves_others:
                 computation.backward_to_others()
@@ -388,7 +395,7 @@ class PlainBackward(TorchFunctionMode):
             return self.on_backward(*args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
 
-    def on_backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+    def on_backward(self, loss: Tensor, *args: Any, output: Any = None, **kwargs: Any) -> None:
         """Go backward as usual."""
         check_loss(loss)
         self.optimizer._begin_pass()
