@@ -326,15 +326,25 @@ class Computation:
         if n < 2:
             return self._one_sample(outputs, candidates)
         factors, cotangents = _probes(n, outputs, chosen)
-        grads = pull_back(outputs, cotangents, [use.edge for use in candidates], batched=False)
+        marks: dict[Use, dict[Layout, list[Tensor]]] = {
+            use: {layout: [] for layout in options} for use, options in candidates.items()
+        }
+        for index in range(len(factors)):  # one by one: each holds the cotangents of all uses
+            column = [cotangent[index : index + 1] for cotangent in cotangents]
+            edges = [use.edge for use in candidates]
+            grads = pull_back(outputs, column, edges, batched=False)
+            for use, grad in zip(candidates, grads, strict=True):
+                for layout, found in marks[use].items():
+                    if grad is not None:
+                        found.append(_mark(grad[0], layout))
         result: dict[Use, Layout | None] = {}
-        for (use, options), grad in zip(candidates.items(), grads, strict=True):
-            if grad is None or not options:
+        for use, options in candidates.items():
+            if not options or not marks[use][options[0]]:
                 result[use] = options[0] if options else None
                 continue
             # Zeros prove nothing (behind weights that start at zero, say): look again next time.
-            self.inconclusive |= not grad[0].any()
-            result[use] = next((o for o in options if _scales(grad, factors, o)), None)
+            self.inconclusive |= not marks[use][options[0]][0].any()
+            result[use] = next((o for o in options if _scales(marks[use][o], factors)), None)
             if result[use] is None and not use.rule.tentative:
                 return None, f"{use.op} (output {list(use.shape)}, {n} samples)"
         return result, ""
@@ -614,7 +624,8 @@ class Computation:
             if grad is None or row is None or not grad[0].any():
                 return None
             options = layouts(leaf.shape, self.samples)
-            layout = next((o for o in options if _scales(grad, factors, o)), None)
+            marks = {option: [_mark(part, option) for part in grad] for option in options}
+            layout = next((o for o, mark in marks.items() if _scales(mark, factors)), None)
             if layout is None:
                 return None
             found[name] = Own(layout.split(row, 1), layout)
@@ -705,15 +716,22 @@ def _probes(
     return factors, cotangents
 
 
-def _scales(grad: Tensor, factors: list[Tensor], layout: Layout) -> bool:
+def _mark(grad: Tensor, layout: Layout) -> Tensor:
+    """Two numbers per sample that tell its rows: along a random direction, and their norm."""
+    rows = layout.split(grad).flatten(1)
+    rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
+    direction = torch.randn(rows.shape[1], generator=torch.Generator().manual_seed(0))
+    return torch.stack([rows @ direction.to(rows), torch.linalg.vector_norm(rows, dim=1)])
+
+
+def _scales(marks: list[Tensor], factors: list[Tensor]) -> bool:
     """Whether the rows of each sample scale with its factor (the first factors are ones)."""
-    rows = layout.split(grad, 1).transpose(0, 1)  # [N, factors, K, ...]
-    for index, factor in enumerate(factors[1:], 1):
-        expected = per_sample(rows[:, 0], factor.to(rows), Layout("batch", layout.n, 1))
-        error, size = (rows[:, index] - expected).abs(), expected.abs()
+    along, size = marks[0]
+    for (mark, _), factor in zip(marks[1:], factors[1:], strict=True):
+        error = (mark - factor.to(along) * along).abs()
         # A product of zero and infinity is no sign of mixing.
         error = torch.where(error.isnan(), 0, error)
-        if (error.flatten(1).amax(1) > 1e-2 * size.flatten(1).amax(1).nan_to_num(0)).any():
+        if (error > 1e-2 * factor.to(size) * size.nan_to_num(0)).any():
             return False
     return True
 
