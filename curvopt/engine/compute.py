@@ -201,7 +201,11 @@ class Computation:
             for use in uncovered:
                 leaves = [use.arguments[name] for name in use.values]
                 grads = torch.autograd.grad(self.loss, leaves, retain_graph=True)
-                self._add(parts, use, {n: Dense(g[None, None]) for n, g in zip(use.values, grads)})
+                self._add(
+                    parts,
+                    use,
+                    {n: Dense(g[None, None]) for n, g in zip(use.values, grads, strict=True)},
+                )
             for p, structures in parts.items():
                 for structure in structures:
                     grad = structure.sum().to(p.dtype)
@@ -275,7 +279,10 @@ class Computation:
         given, rows = self.tape.batch_size, list(outputs[0].shape)
         uses = self.record.uses
         first = list(uses[0].shape) if uses else rows
-        counts = sample_counts(tuple(first), tuple(rows), self.tape.hint) if given is None else [given]
+        if given is not None:
+            counts = [given]
+        else:
+            counts = sample_counts(tuple(first), tuple(rows), self.tape.hint)
         mixing = None
         for n in counts:
             # All terms share one kind of layout: trying every combination would find chance hits.
@@ -418,9 +425,7 @@ class Computation:
         limit = self._chunk()
         for term, scale, layout in zip(self.terms, scales, self.term_layouts, strict=True):
             cotangent = one.cotangent
-            count = (
-                cotangent.samples if kind == "sketch" else term.columns_per_sample(layout)
-            )
+            count = cotangent.samples if kind == "sketch" else term.columns_per_sample(layout)
             for start in range(0, count, limit):
                 stop = min(start + limit, count)
                 if kind == "sketch":
@@ -522,10 +527,10 @@ class Computation:
                 "backward once"
             )
         pairs = [(u, g) for u, g in zip(uses, grads, strict=False) if g is not None]
-        direct = dict(zip(audited, grads[len(uses) + len(spent) :], strict=True))
+        arrived = zip(audited, grads[len(uses) + len(spent) :], strict=True)
+        direct = {p: grad for p, grad in arrived if grad is not None}
         if create_graph:
             direct = self._unrecorded(outputs)
-        direct = {p: grad for p, grad in direct.items() if grad is not None}
         if not pairs and not direct:
             raise CurvoptError(
                 "no recorded use of a parameter leads to the loss: compute the model's output "
@@ -705,8 +710,7 @@ def _probes(
     """Factors per sample, the first all ones, and random cotangents that are scaled by them."""
     generator = torch.Generator().manual_seed(0)
     factors = [torch.ones(n)] + [
-        torch.randperm(n, generator=generator).mul(_POWERS).div(n).floor().exp2()
-        for _ in range(2)
+        torch.randperm(n, generator=generator).mul(_POWERS).div(n).floor().exp2() for _ in range(2)
     ]
     noise = [torch.rand(output.shape, generator=generator).add_(0.5) for output in outputs]
     cotangents = [
@@ -762,5 +766,5 @@ def quantities_of(quantities: Iterable[Quantity]) -> list[Quantity]:
     fields = [quantity.field for quantity in asked]
     twice = {field for field in fields if fields.count(field) > 1}
     if twice:
-        raise CurvoptError(f"asked twice for {', '.join(sorted(twice))}: one result has one of each")
+        raise CurvoptError(f"asked twice for {', '.join(sorted(twice))}; a result has one of each")
     return asked

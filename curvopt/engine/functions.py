@@ -32,7 +32,8 @@ PASSIVE: frozenset[Function] = frozenset(
         ).split()
         if hasattr(Tensor, name)
     ]
-    + [Tensor._is_view, Tensor.grad.__set__, torch.is_tensor, torch.numel, torch.detach]
+    + [getattr(Tensor, name).__set__ for name in ("grad",)]
+    + [Tensor._is_view, torch.is_tensor, torch.numel, torch.detach]
     + [torch.is_floating_point, torch.is_complex, torch._C._set_grad_enabled]
 )
 
@@ -98,7 +99,8 @@ def unwrapped(func: Function) -> Function | None:
 def _special() -> dict[Function, str]:
     from curvopt.losses import LOSSES
 
-    table = dict.fromkeys(LOSSES, "_loss")
+    table: dict[Function, str] = dict.fromkeys(LOSSES, "_loss")
+    function: Function
     for function in (F.log_softmax, torch.log_softmax, Tensor.log_softmax):
         table[function] = "_log_softmax"
     for function in (torch.mean, torch.sum, Tensor.mean, Tensor.sum):

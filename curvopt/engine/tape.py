@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.nn.modules.module import (
     register_module_forward_hook,
@@ -37,6 +37,8 @@ from curvopt.ops.recurrent import remember_order
 from curvopt.structures import Structure
 
 Function = Callable[..., Any]
+Positional = tuple[Any, ...]
+Keywords = dict[str, Any]
 
 
 @dataclass(eq=False)
@@ -232,7 +234,9 @@ class Tape(TorchFunctionMode):
 
     # -- the hook ---------------------------------------------------------------------------------
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):
+    def __torch_function__(
+        self, func: Function, types: Any, args: Positional = (), kwargs: Keywords | None = None
+    ) -> Any:
         kwargs = kwargs or {}
         if func in known.PASSIVE or self.opaque:
             return func(*args, **kwargs)
@@ -259,14 +263,14 @@ class Tape(TorchFunctionMode):
             self.shared.pop(id(args[0]), None)
         return output
 
-    def _note_batch_statistics(self, args, kwargs) -> None:
+    def _note_batch_statistics(self, args: Positional, kwargs: Keywords) -> None:
         arguments = RULES[F.batch_norm].bind(args, kwargs)
         if arguments["training"] and len(arguments["input"]) > 1:
             weight, shape = arguments["weight"], list(arguments["input"].shape)
             owner = f" of {self.name(weight)}" if self.is_tracked(weight) else ""
             self.record.coupled = f"batch_norm{owner} on an input {shape}"
 
-    def _classify(self, args, kwargs) -> tuple[bool, bool, bool]:
+    def _classify(self, args: Any, kwargs: Keywords | None) -> tuple[bool, bool, bool]:
         """Whether tracked values are among the arguments; whether all tensors are shared; any."""
         shared = self.shared
         tracked = tensors = False
@@ -294,7 +298,7 @@ class Tape(TorchFunctionMode):
         return id(tensor) in self.by_id
 
     @staticmethod
-    def _is_inplace(output: Any, args: tuple[Any, ...]) -> bool:
+    def _is_inplace(output: Any, args: Positional) -> bool:
         return bool(args) and isinstance(args[0], Tensor) and (output is args[0] or output is None)
 
     def _share(self, output: Any, roots: frozenset[int], isometry: bool) -> None:
@@ -306,7 +310,9 @@ class Tape(TorchFunctionMode):
 
     # -- ops with tracked values ------------------------------------------------------------------
 
-    def _tracked_call(self, func, args, kwargs, all_shared: bool):
+    def _tracked_call(
+        self, func: Function, args: Positional, kwargs: Keywords, all_shared: bool
+    ) -> Any:
         rule = RULES.get(func)
         if rule is None:
             body = known.unwrapped(func)
@@ -333,7 +339,9 @@ class Tape(TorchFunctionMode):
             self.shared.pop(id(args[0]), None)
         return output
 
-    def _by_sample(self, func, args, kwargs):
+    def _by_sample(
+        self, func: Function, args: Positional, kwargs: Keywords
+    ) -> tuple[Positional, Keywords]:
         """Record derived values that meet activations as uses: they may hold a part per sample."""
         swaps: dict[int, Tensor] = {}
         for value in _tensors((*args, *kwargs.values())):
@@ -342,13 +350,13 @@ class Tape(TorchFunctionMode):
                 with self:
                     swaps[id(value)] = of_samples(value)
                 self.record.uses[-1].op = known.op_name(func)
-        return _swap(args, swaps), {k: _swap_one(v, swaps) for k, v in kwargs.items()}
+        return tuple(_swap(args, swaps)), {k: _swap_one(v, swaps) for k, v in kwargs.items()}
 
-    def _entries(self, args, kwargs) -> list[Shared]:
+    def _entries(self, args: Any, kwargs: Keywords) -> list[Shared]:
         tensors = _tensors((*args, *kwargs.values()))
         return [self.shared[id(value)] for value in tensors if id(value) in self.shared]
 
-    def _carries_no_samples(self, args, kwargs) -> bool:
+    def _carries_no_samples(self, args: Any, kwargs: Keywords) -> bool:
         """No operand is an activation: the others are buffers, or data of unknown kind.
 
         The result is then tracked like a value made of parameters alone. Should it hold samples
@@ -377,7 +385,14 @@ class Tape(TorchFunctionMode):
         """Whether a tensor is known to be the same for all samples."""
         return id(tensor) in self.shared
 
-    def _use(self, func, rule: Rule, arguments, args, kwargs):
+    def _use(
+        self,
+        func: Function,
+        rule: Rule,
+        arguments: dict[Any, Any],
+        args: Positional,
+        kwargs: Keywords,
+    ) -> Tensor:
         values, swaps = {}, {}
         for name, value in arguments.items():
             entry = self.shared.get(id(value)) if isinstance(value, Tensor) else None
@@ -408,7 +423,15 @@ class Tape(TorchFunctionMode):
         self.record.attached.add(leaf.grad_fn)
         return leaf
 
-    def _append(self, op, rule, arguments, values, output, kept) -> None:
+    def _append(
+        self,
+        op: str,
+        rule: Rule,
+        arguments: dict[Any, Any],
+        values: dict[Any, Shared],
+        output: Tensor,
+        kept: list[tuple[Tensor, int]],
+    ) -> None:
         edge = get_gradient_edge(output)
         use = Use(op, rule, arguments, values, edge, output.shape, kept)
         self.record.uses.append(use)
@@ -418,7 +441,7 @@ class Tape(TorchFunctionMode):
 
     # -- losses and backward ----------------------------------------------------------------------
 
-    def _loss(self, func, args, kwargs):
+    def _loss(self, func: Function, args: Positional, kwargs: Keywords) -> Any:
         value = func(*args, **kwargs)
         rule = LOSSES[func]
         arguments = dict(zip(rule.names, args, strict=False)) | kwargs
@@ -435,7 +458,7 @@ class Tape(TorchFunctionMode):
         self.record.signature = hash((self.record.signature, output.shape))
         return value
 
-    def _log_softmax(self, func, args, kwargs):
+    def _log_softmax(self, func: Function, args: Positional, kwargs: Keywords) -> Any:
         output = func(*args, **kwargs)
         if output.requires_grad:
             source = args[0] if args else kwargs["input"]
@@ -444,7 +467,7 @@ class Tape(TorchFunctionMode):
                 self.log_softmaxes[id(output)] = (output, source)
         return output
 
-    def _reduction(self, func, args, kwargs):
+    def _reduction(self, func: Function, args: Positional, kwargs: Keywords) -> Any:
         output = func(*args, **kwargs)
         source = args[0] if args else kwargs["input"]
         if output.ndim == 0 and output.requires_grad and source.ndim:
@@ -457,13 +480,13 @@ class Tape(TorchFunctionMode):
                 self.record.across.add(output.grad_fn)
         return output
 
-    def _division(self, func, args, kwargs):
+    def _division(self, func: Function, args: Positional, kwargs: Keywords) -> Any:
         output = func(*args, **kwargs)
         if output.ndim == 0 and output.requires_grad and isinstance(args[-1], Tensor):
             self.record.divisions.add(output.grad_fn)
         return output
 
-    def _backward(self, func, args, kwargs):
+    def _backward(self, func: Function, args: Positional, kwargs: Keywords) -> Any:
         if self.on_backward is None:
             raise CurvoptError(
                 "backward() was called inside curvopt.record(); call tape.compute(loss, ...) "
@@ -473,7 +496,7 @@ class Tape(TorchFunctionMode):
 
     # -- custom module rules ----------------------------------------------------------------------
 
-    def __enter__(self):
+    def __enter__(self) -> Tape:
         if not self.depth:
             self.entered = ExitStack()
             handles = [
@@ -489,22 +512,23 @@ class Tape(TorchFunctionMode):
                 self.entered.callback(handle.remove)
             self.entered.enter_context(_uncompiled())
         self.depth += 1
-        return super().__enter__()
+        super().__enter__()
+        return self
 
-    def __exit__(self, *error):
+    def __exit__(self, *error: Any) -> None:
         self.depth -= 1
         if not self.depth and self.entered is not None:
             self.entered.close()
             self.entered, self.opaque = None, []
-        return super().__exit__(*error)
+        super().__exit__(*error)
 
-    def _share_buffers(self, module, args):
+    def _share_buffers(self, module: nn.Module, args: Any) -> None:
         """Buffers (masks, positions) are the same for all samples."""
         for buffer in module._buffers.values():
             if buffer is not None and not buffer.requires_grad:
                 self._share(buffer, frozenset(), False)
 
-    def _before_module(self, module, args):
+    def _before_module(self, module: nn.Module, args: Any) -> None:
         rule = next((MODULE_RULES[t] for t in type(module).__mro__ if t in MODULE_RULES), None)
         if self.opaque or rule is None or not torch.is_grad_enabled():
             return
@@ -517,10 +541,11 @@ class Tape(TorchFunctionMode):
                 leaves[name] = self._leaf(parameter)
         if values:
             for (owner, key, _), leaf in zip(restore, leaves.values(), strict=True):
-                owner._parameters[key] = leaf  # setattr would insist on a Parameter
+                # setattr would insist on a Parameter
+                vars(owner)["_parameters"][key] = leaf
             self.opaque = [module, rule, values, leaves, restore]
 
-    def _after_module(self, module, args, output):
+    def _after_module(self, module: nn.Module, args: Any, output: Any) -> Any:
         if not self.opaque or self.opaque[0] is not module:
             return None
         _, rule, values, leaves, restore = self.opaque

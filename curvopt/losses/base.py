@@ -137,8 +137,7 @@ class Loss(ABC):
         """Random vectors with second moment H, ``[V, *output.shape]``, independent per sample."""
         if estimator == "labels":
             return self.sample_labels(columns, generator) * self.spread(scale)
-        like = {"dtype": scale.dtype, "device": scale.device}
-        signs = torch.empty(columns, *self.token_shape, self.width, **like)
+        signs = scale.new_empty(columns, *self.token_shape, self.width)
         signs.bernoulli_(0.5, generator=generator).sub_(0.5)
         return self.apply_root(signs.mul_((2 * scale).unsqueeze(-1)))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import cached_property
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +27,16 @@ class CrossEntropy(Loss):
 
     name = "cross_entropy"
 
-    def __init__(self, output, value, reduction, target, weight, ignore_index, smoothing):
+    def __init__(
+        self,
+        output: Tensor,
+        value: Tensor,
+        reduction: str,
+        target: Tensor,
+        weight: Tensor | None,
+        ignore_index: int,
+        smoothing: float,
+    ):
         super().__init__(output, value, reduction)
         self.target, self.weight = target, weight
         self.ignore_index, self.smoothing = ignore_index, smoothing
@@ -106,9 +116,10 @@ class CrossEntropy(Loss):
 
 @loss(F.cross_entropy)
 def cross_entropy(
-    output, value, target, weight=None, size_average=None, ignore_index=-100, reduce=None,
-    reduction="mean", label_smoothing=0.0,
-):  # fmt: skip
+    output: Tensor, value: Tensor, target: Tensor, weight: Tensor | None = None,
+    size_average: Any = None, ignore_index: int = -100, reduce: Any = None,
+    reduction: str = "mean", label_smoothing: float = 0.0,
+) -> CrossEntropy:  # fmt: skip
     """Cross entropy of logits: labels or class probabilities."""
     reduction = reduction_of(dict(size_average=size_average, reduce=reduce, reduction=reduction))
     return CrossEntropy(output, value, reduction, target, weight, ignore_index, label_smoothing)
@@ -116,9 +127,10 @@ def cross_entropy(
 
 @loss(F.nll_loss)
 def nll_loss(
-    output, value, target, weight=None, size_average=None, ignore_index=-100, reduce=None,
-    reduction="mean", *, logits=None,
-):  # fmt: skip
+    output: Tensor, value: Tensor, target: Tensor, weight: Tensor | None = None,
+    size_average: Any = None, ignore_index: int = -100, reduce: Any = None,
+    reduction: str = "mean", *, logits: Tensor | None = None,
+) -> CrossEntropy:  # fmt: skip
     """Negative log-likelihood of a recorded ``log_softmax(logits)``."""
     reduction = reduction_of(dict(size_average=size_average, reduce=reduce, reduction=reduction))
     if logits is None:
@@ -133,6 +145,7 @@ class Likelihood(CrossEntropy):
 
     def curvature(self) -> Tensor:
         raise CurvoptError(
-            f"{self.name} is linear in its input, so it has curvature only through log_softmax; apply "
-            "torch.nn.functional.log_softmax(logits, dim=1) to the model's output while recording"
+            f"{self.name} is linear in its input, so it has curvature only through log_softmax; "
+            "apply torch.nn.functional.log_softmax(logits, dim=1) to the model's output while "
+            "recording"
         )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -16,7 +18,7 @@ class SquaredError(Loss):
 
     name = "mse_loss"
 
-    def __init__(self, output, value, reduction, weight=None):
+    def __init__(self, output: Tensor, value: Tensor, reduction: str, weight: Tensor | None = None):
         super().__init__(output, value, reduction)
         self.weight = weight
 
@@ -40,7 +42,15 @@ class BinaryCrossEntropy(Loss):
 
     name = "binary_cross_entropy_with_logits"
 
-    def __init__(self, output, value, reduction, target, weight, pos_weight):
+    def __init__(
+        self,
+        output: Tensor,
+        value: Tensor,
+        reduction: str,
+        target: Tensor,
+        weight: Tensor | None,
+        pos_weight: Tensor | None,
+    ):
         super().__init__(output, value, reduction)
         self.target, self.weight, self.pos_weight = target, weight, pos_weight
 
@@ -64,8 +74,9 @@ class BinaryCrossEntropy(Loss):
 
 @loss(F.mse_loss)
 def mse_loss(
-    output, value, target, size_average=None, reduce=None, reduction="mean", weight=None
-):  # fmt: skip
+    output: Tensor, value: Tensor, target: Tensor, size_average: Any = None, reduce: Any = None,
+    reduction: str = "mean", weight: Tensor | None = None,
+) -> SquaredError:  # fmt: skip
     """Squared error."""
     reduction = reduction_of(dict(size_average=size_average, reduce=reduce, reduction=reduction))
     same_shape("mse_loss", output, target)
@@ -76,9 +87,10 @@ def mse_loss(
 
 @loss(F.binary_cross_entropy_with_logits)
 def binary_cross_entropy_with_logits(
-    output, value, target, weight=None, size_average=None, reduce=None, reduction="mean",
-    pos_weight=None,
-):  # fmt: skip
+    output: Tensor, value: Tensor, target: Tensor, weight: Tensor | None = None,
+    size_average: Any = None, reduce: Any = None, reduction: str = "mean",
+    pos_weight: Tensor | None = None,
+) -> BinaryCrossEntropy:  # fmt: skip
     """Binary cross entropy of logits."""
     reduction = reduction_of(dict(size_average=size_average, reduce=reduce, reduction=reduction))
     same_shape("binary_cross_entropy_with_logits", output, target)

@@ -145,7 +145,7 @@ class DiagGGNOptimizer(EngineOptimizer):
                 parts = [part[p] for part in measured if p in part]
                 if parts:
                     _measure(state, group, parts)
-                _move(p, state, group)
+                _move(p, p.grad, state, group)
 
 
 def _measure(state: dict[str, Any], group: dict[str, Any], parts: list[Tensor]) -> None:
@@ -163,11 +163,11 @@ def _measure(state: dict[str, Any], group: dict[str, Any], parts: list[Tensor]) 
     state["inverse"] = inverse if damping else inverse.nan_to_num_(posinf=0)
 
 
-def _move(p: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
+def _move(p: Tensor, grad: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
     lr, momentum = group["lr"], group["momentum"]
     state["step"] += 1
     m = state["momentum_buffer"]
-    m.lerp_(p.grad.to(m.dtype), 1 - momentum)
+    m.lerp_(grad.to(m.dtype), 1 - momentum)
     u = m * state["inverse"]
     correction = 1 / (1 - momentum ** state["step"])
     factor = torch.as_tensor(correction, dtype=m.dtype, device=m.device)

@@ -23,7 +23,7 @@ class Gradient(Quantity):
         if isinstance(context.share, Tensor):
             return structure.sum(context.share)
         total = structure.sum()
-        scale = context.share * context.factor
+        scale = context.factor * (1.0 if context.share is None else context.share)
         return total if scale == 1 else total * scale
 
 

@@ -114,8 +114,9 @@ class Structure(ABC):
         return torch.cat([squared_norm(rows, 2) for _, _, rows in self.blocks()], 1)
 
     def settled(self) -> Structure:
-        """The same structure for `squared_norms` and then `sum`: its rows formed where that saves
-        work and they take little more memory than what they are made of.
+        """The same structure, for `squared_norms` and then `sum`.
+
+        Its rows are formed where that saves work and takes little more memory than their factors.
         """
         return self
 

@@ -60,7 +60,9 @@ class Conv(Structure):
         n, k = input.shape[:2]
         windows = input.flatten(0, 1)
         if any(self.padding):
-            windows = F.pad(windows, [size for pad in reversed(self.padding) for size in (pad, pad)])
+            windows = F.pad(
+                windows, [size for pad in reversed(self.padding) for size in (pad, pad)]
+            )
         for axis, size in enumerate(kernel):
             reach = (size - 1) * self.dilation[axis] + 1
             windows = windows.unfold(axis + 2, reach, self.stride[axis])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Hashable
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -118,7 +119,8 @@ class Pulled(Structure):
     def span(self) -> tuple[int, int]:
         """Elements of the parameter's storage among which the derived value lies."""
         last = sum((n - 1) * s for n, s in zip(self.value.shape, self.value.stride(), strict=True))
-        return self.value.storage_offset(), self.value.storage_offset() + last + 1
+        start = int(self.value.storage_offset())
+        return start, start + int(last) + 1
 
     def pull(self, rows: Tensor, lead: int) -> Tensor:
         """Pull back ``[*lead axes, *value.shape]`` to ``[*lead axes, *shape]``."""
@@ -230,4 +232,4 @@ def _separate(parts: list[Pulled]) -> bool:
     if not all(part.isometry and part.value._is_view() for part in parts):
         return False
     spans = sorted(part.span for part in parts)
-    return all(before[1] <= after[0] for before, after in zip(spans, spans[1:], strict=False))
+    return all(before[1] <= after[0] for before, after in pairwise(spans))
