@@ -132,7 +132,9 @@ class PrivateOptimizer(EngineOptimizer):
             computation.reached = uses
             self._add({}, torch.zeros(0))  # no samples: no sum, but a step
             return
-        values = computation.run(quantities, free=True)[self._clip.field]
+        # Under autocast the sum would be rounded after the norms were taken.
+        with torch.autocast(computation.loss.device.type, enabled=False):
+            values = computation.run(quantities, free=True)[self._clip.field]
         self._add(dict(values), self._clip.norms)
 
     def _add(self, sums: dict[Tensor, Tensor], norms: Tensor) -> None:

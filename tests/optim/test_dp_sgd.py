@@ -141,6 +141,19 @@ def test_the_sum_is_that_of_a_loop(clipping):
         assert_close(p.grad, torch.tensordot(factors, row, 1))
 
 
+@modes
+def test_autocast_does_not_stretch_a_contribution(clipping):
+    problem = zoo("tokens-mlp")
+    opt = private(problem.params, clipping=clipping)
+
+    def closure():
+        with torch.autocast("cpu", torch.bfloat16):
+            problem.loss_fn(problem.model(problem.x[:1]), problem.y[:1]).backward()
+
+    opt.step(closure)
+    assert 0.05 < flat(problem.params).norm() <= 0.1 * (1 + 1e-5)
+
+
 @pytest.mark.parametrize("value", [INF, -INF, math.nan])
 @modes
 def test_a_sample_that_is_not_finite_contributes_nothing(value, clipping):
