@@ -130,6 +130,13 @@ class UseView:
         wrong = split.dtype is not self.dtype and split.is_floating_point()
         return split.to(self.dtype) if wrong else split
 
+    def tokens(self, tensor: Tensor, lead: int = 0) -> Tensor:
+        """Rows of a matrix product, ``[*lead axes, N, 1, tokens, features]``, in one view."""
+        n, features = self.layout.n, tensor.shape[-1]
+        if self.layout.kind != "batch" or not tensor.numel():
+            return self.layout.split(tensor, lead).flatten(lead + 1, -2).unsqueeze(lead + 1)
+        return tensor.reshape(*tensor.shape[:lead], n, 1, -1, features)
+
     @property
     def flat(self) -> Tensor:
         """The cotangent for a custom rule, samples first: ``[V, N (or N * K), ...]``."""

@@ -106,16 +106,21 @@ class Loss(ABC):
             inverse_share: 1, or 1 / w_n for the sample's own loss.
             layout: the sample axis of the output.
         """
-        factor = (self.reduced(upstream) * self.curvature()).expand(self.token_shape)
-        factor = per_sample(factor, inverse_share, layout)
+        factor = self.reduced(upstream) * self.curvature()
+        if isinstance(inverse_share, Tensor):
+            factor = per_sample(factor.expand(self.token_shape), inverse_share, layout)
+        else:
+            factor = factor * inverse_share
         if factor.numel() and factor.min() < 0:
             raise CurvoptError(
                 f"{self.name} enters the loss with a negative weight, so its Gauss-Newton matrix "
                 "is not positive semi-definite and has no root; use DiagHessian, or drop the term"
             )
         if factor.requires_grad:  # the derivative of a root at zero is no number
-            return torch.where(factor > 0, factor, 1).sqrt() * (factor > 0)
-        return factor.sqrt()
+            root = torch.where(factor > 0, factor, 1).sqrt() * (factor > 0)
+        else:
+            root = factor.sqrt()
+        return root.expand(self.token_shape)
 
     def columns_per_sample(self, layout: Layout) -> int:
         """Columns of the exact root per sample: tokens of a sample times `width`."""
@@ -137,9 +142,13 @@ class Loss(ABC):
         """Random vectors with second moment H, ``[V, *output.shape]``, independent per sample."""
         if estimator == "labels":
             return self.sample_labels(columns, generator) * self.spread(scale)
-        signs = scale.new_empty(columns, *self.token_shape, self.width)
-        signs.bernoulli_(0.5, generator=generator).sub_(0.5)
-        return self.apply_root(signs.mul_((2 * scale).unsqueeze(-1)))
+        signs = random_signs(scale, (columns, *self.token_shape, self.width), generator)
+        return self.apply_root(signs.mul_(scale.unsqueeze(-1)))
+
+
+def random_signs(like: Tensor, shape: tuple[int, ...], generator: torch.Generator | None) -> Tensor:
+    """Independent random signs."""
+    return like.new_empty(shape).bernoulli_(0.5, generator=generator).mul_(2).sub_(1)
 
 
 def per_sample(rows: Tensor, factor: float | Tensor, layout: Layout) -> Tensor:

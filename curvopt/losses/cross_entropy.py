@@ -12,7 +12,7 @@ from torch import Tensor
 
 from curvopt.engine.samples import Layout
 from curvopt.errors import CurvoptError
-from curvopt.losses.base import Loss, reduction_of
+from curvopt.losses.base import Loss, random_signs, reduction_of
 from curvopt.losses.registry import loss
 
 
@@ -60,6 +60,13 @@ class CrossEntropy(Loss):
         return per_token.unsqueeze(1)
 
     @cached_property
+    def alike(self) -> bool:
+        """Every token counts alike: no class weights, nothing ignored."""
+        if self.weight is not None or self.probabilities_given:
+            return False
+        return not bool((self.target == self.ignore_index).any())
+
+    @cached_property
     def label_weights(self) -> Tensor:
         """Weight of each token's label, 0 where it is ignored: what a weighted mean divides by."""
         kept = self.target != self.ignore_index
@@ -70,20 +77,22 @@ class CrossEntropy(Loss):
     def share(self, layout: Layout) -> float | Tensor:
         if self.reduction != "mean" or self.probabilities_given:
             return super().share(layout)
-        if self.weight is None and not (self.target == self.ignore_index).any():
+        if self.alike:
             return super().share(layout)
         own = layout.split(self.label_weights).flatten(1).sum(1)
         return own / own.sum()
 
     def reduced(self, upstream: Tensor) -> Tensor:
         if self.reduction == "mean":
-            if self.probabilities_given:
-                return upstream / (self.token_shape.numel())
+            if self.probabilities_given or self.alike:
+                return upstream / self.token_shape.numel()
             return upstream / self.label_weights.sum()
         return upstream
 
     def curvature(self) -> Tensor:
         smoothing, weight = self.smoothing, self.weight
+        if self.alike:
+            return self.output.new_ones(())
         if self.probabilities_given:
             target = self.target * (1 - smoothing) + smoothing / self.classes
             if weight is not None:
@@ -105,6 +114,17 @@ class CrossEntropy(Loss):
         # Column c of the reflection I - 2 u u^T / |u|^2, u = q + e_C, |u|^2 = 2 (1 + q_C).
         along = (coefficients * head).sum(2, keepdim=True) / (1 + last)
         return q * torch.cat([coefficients - along * head, -along * (1 + last)], 2)
+
+    def sketch(
+        self, columns: int, scale: Tensor, estimator: str, generator: torch.Generator | None
+    ) -> Tensor:
+        if estimator == "labels":
+            return super().sketch(columns, scale, estimator, generator)
+        # diag(q) (I - q q^T) is a root too; its C columns are combined in fewer operations.
+        signs = random_signs(self.output, (columns, *self.output.shape), generator)
+        q = self.z.softmax(1).sqrt()
+        along = (signs * q).sum(2, keepdim=True)
+        return q * torch.addcmul(signs, along, q, value=-1) * self.spread(scale)
 
     def sample_labels(self, columns: int, generator: torch.Generator | None) -> Tensor:
         p = self.z.softmax(1)

@@ -30,8 +30,7 @@ def linear(
     """``y = x W^T + b``, all axes but the last are samples and tokens."""
     if use.cotangent.ndim < 4:
         raise Uncovered("linear has its samples on the axis of its features")
-    left = use.cotangent.flatten(2, -2).unsqueeze(2)
-    right = use.rows(input).flatten(1, -2).unsqueeze(1)
+    left, right = use.tokens(use.raw, 1), use.tokens(input.to(use.dtype))
     found: dict[str, Structure] = {"weight": Outer(left, right, weight.shape)}
     if bias is not None:
         found["bias"] = shift(use, bias)

@@ -96,9 +96,9 @@ class Variance(Quantity):
             raise CurvoptError(
                 f"the unbiased variance needs two samples, got {n}; use unbiased=False"
             )
-        total, squares = structure.moments()
         share = 1 / max(1, n)
-        variance = squares.addcmul_(total, total, value=-share).mul_(share).clamp_(min=0)
+        total, squares = structure.moments(share**0.5)
+        variance = squares.addcmul_(total, total, value=-share).clamp_(min=0)
         scale = context.factor**2 * (n / (n - 1) if self.unbiased else 1)
         return variance if scale == 1 else variance * scale
 

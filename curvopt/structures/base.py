@@ -89,9 +89,10 @@ class Structure(ABC):
         """Elementwise ``sum_vn row_vn^2``: ``[*shape]``."""
         return _accumulate(rows.square().sum((0, 1)) for _, _, rows in self.blocks())
 
-    def moments(self) -> tuple[Tensor, Tensor]:
-        """`sum` and `sum_of_squares` together, for structures that form rows only once."""
-        return self.sum(), self.sum_of_squares()
+    def moments(self, scale: float = 1.0) -> tuple[Tensor, Tensor]:
+        """`sum` and `sum_of_squares` of the rows times ``scale``."""
+        total, squares = self.sum(), self.sum_of_squares()
+        return (total, squares) if scale == 1 else (total * scale, squares * scale**2)
 
     def batch_sum_of_squares(self) -> Tensor:
         """Elementwise ``sum_v row_vn^2`` of every sample: ``[N, *shape]``."""

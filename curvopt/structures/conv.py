@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Size, Tensor
 
-from curvopt.structures.base import BLOCK, Structure
+from curvopt.structures.base import BLOCK, Structure, sum_tensors
 from curvopt.structures.dense import Dense
 from curvopt.structures.kronecker import Factors
 from curvopt.structures.outer import Outer
@@ -117,6 +117,15 @@ class Conv(Structure):
         if weights is not None:
             cotangent = cotangent * weights.view(-1, *[1] * (cotangent.ndim - 1))
         return self._weight_gradient(cotangent.flatten(0, 1), self.input.flatten(0, 1), self.groups)
+
+    def moments(self, scale: float = 1.0) -> tuple[Tensor, Tensor]:
+        # Rows formed for the squares give their sum for one more addition.
+        parts = [
+            torch.stack((rows.sum((0, 1)), (rows * rows).sum((0, 1))))
+            for _, _, rows in self.blocks()
+        ]
+        total, squares = sum_tensors(parts)
+        return (total, squares) if scale == 1 else (total * scale, squares * scale**2)
 
     def squared_norms(self) -> Tensor:
         t, (o, i) = self.positions, (self.shape[0] // self.groups, self.shape[1:].numel())

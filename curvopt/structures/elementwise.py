@@ -48,7 +48,7 @@ class Shift(Structure):
         return torch.tensordot(weights, self.values.sum(0), 1)
 
     def sum_of_squares(self) -> Tensor:
-        return self.values.square().sum((0, 1))
+        return (self.values * self.values).sum((0, 1))
 
     def squared_norms(self) -> Tensor:
         return squared_norm(self.values, 2)

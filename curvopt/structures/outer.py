@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import copy
 
 import torch
 from torch import Size, Tensor
@@ -58,7 +59,14 @@ class Outer(Structure):
     def sum_of_squares(self) -> Tensor:
         if self.tokens != 1:
             return super().sum_of_squares()
-        return self._contract(self._left_energy(), self.right.square())
+        return self._contract(self._left_energy(), self.right * self.right)
+
+    def moments(self, scale: float = 1.0) -> tuple[Tensor, Tensor]:
+        scaled = self
+        if scale != 1:  # the factor is smaller than the product
+            scaled = copy(self)
+            scaled.left = self.left * scale
+        return scaled.sum(), scaled.sum_of_squares()
 
     def batch_sum_of_squares(self) -> Tensor:
         if self.tokens != 1:
@@ -148,7 +156,7 @@ class Outer(Structure):
 
     def _left_energy(self) -> Tensor:
         if self.columns == 1:
-            return self.left[0].square()
+            return self.left[0] * self.left[0]
         return self.left.square().sum(0)
 
     def _contract(self, left: Tensor, right: Tensor) -> Tensor:
