@@ -24,6 +24,7 @@ from torch.nn.modules.module import (
     register_module_forward_pre_hook,
 )
 from torch.overrides import TorchFunctionMode
+from torch.utils.weak import WeakTensorKeyDictionary
 
 import curvopt.ops  # noqa: F401 (the rules register themselves)
 from curvopt.engine import functions as known
@@ -35,6 +36,10 @@ from curvopt.losses.handwritten import Reduction
 from curvopt.ops.of_samples import of_samples
 from curvopt.ops.recurrent import remember_order
 from curvopt.structures import Structure
+
+# Whether the modules of a model, by its first parameter, hold anything that a hook must note: hooks
+# make every module's call slower, and most models have neither buffers nor recurrent layers.
+_notable: Any = WeakTensorKeyDictionary()
 
 Function = Callable[..., Any]
 Positional = tuple[Any, ...]
@@ -214,6 +219,7 @@ class Tape(TorchFunctionMode):
         self.entered: ExitStack | None = None
         self.opaque: list[Any] = []
         self.depth = 0
+        self.modules_seen = self.notable = False
         self.reset()
 
     def reset(self) -> None:
@@ -506,10 +512,9 @@ class Tape(TorchFunctionMode):
     def __enter__(self) -> Tape:
         if not self.depth:
             self.entered = ExitStack()
-            handles = [
-                register_module_forward_pre_hook(remember_order),
-                register_module_forward_pre_hook(self._share_buffers),
-            ]
+            handles = []
+            if _notable.get(self.params[0], True):
+                handles.append(register_module_forward_pre_hook(self._note_module))
             if MODULE_RULES:
                 handles += [
                     register_module_forward_pre_hook(self._before_module),
@@ -527,11 +532,18 @@ class Tape(TorchFunctionMode):
         if not self.depth and self.entered is not None:
             self.entered.close()
             self.entered, self.opaque = None, []
+            if self.modules_seen and not any(error):
+                _notable[self.params[0]] = self.notable
         super().__exit__(*error)
 
-    def _share_buffers(self, module: nn.Module, args: Any) -> None:
-        """Buffers (masks, positions) are the same for all samples."""
+    def _note_module(self, module: nn.Module, args: Any) -> None:
+        """Buffers (masks, positions) are the same for all samples; packed batches are sorted."""
+        self.modules_seen = True
+        if isinstance(module, nn.RNNBase):
+            self.notable = True
+            remember_order(module, args)
         for buffer in module._buffers.values():
+            self.notable = True
             if buffer is not None and not buffer.requires_grad:
                 self._share(buffer, frozenset(), False)
 

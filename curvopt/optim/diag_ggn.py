@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Generator, Tensor
@@ -79,6 +79,10 @@ class DiagGGNOptimizer(EngineOptimizer):
         in place of each element, and the damping is relative.
     """
 
+    saved: ClassVar[tuple[str, ...]] = ("steps", "waiting")
+    #: A parameter needs its curvature before its first step.
+    waiting = True
+
     def __init__(
         self,
         params: Any,
@@ -121,11 +125,13 @@ class DiagGGNOptimizer(EngineOptimizer):
         if not group["max_step"] > 0:
             raise ValueError(f"Invalid max_step: {group['max_step']}")
 
+    def add_param_group(self, param_group: dict[str, Any]) -> None:  # noqa: D102 (as in torch)
+        super().add_param_group(param_group)
+        self.waiting = True
+
     def _wanted(self) -> list[Quantity]:
         early = self.steps < self.curvature_every
-        # A parameter that takes part for the first time needs its curvature at once.
-        new = any(p.requires_grad and p not in self.state for p in self._parameters())
-        if not (early or new or self.steps % self.curvature_every == 0):
+        if not (early or self.waiting or self.steps % self.curvature_every == 0):
             return []
         if self.estimator == "exact":
             return [DiagGGNExact()]
@@ -133,9 +139,13 @@ class DiagGGNOptimizer(EngineOptimizer):
 
     def _update(self) -> None:
         measured = [part for values in self.collected for part in values.values()]
+        self.waiting = False
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is None:
+                    continue
+                if p not in self.state and not any(p in part for part in measured):
+                    self.waiting = True  # it takes part for the first time: measured next
                     continue
                 state = self.state[p]
                 if not state:
