@@ -1,8 +1,8 @@
 """Curvature-aware optimizers for any PyTorch model, on one engine for per-sample quantities."""
 
 from curvopt.api import compute, record
-from curvopt.engine.compute import Result
 from curvopt.engine.registry import register_rule
+from curvopt.engine.result import Result
 from curvopt.errors import CurvoptError, SlowPathWarning
 from curvopt.jacobians import (
     batch_hessian,

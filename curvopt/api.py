@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from curvopt.engine.compute import Computation, Result, quantities_of
+from curvopt.engine.compute import Computation, quantities_of
+from curvopt.engine.result import Result
 from curvopt.engine.tape import Tape
 from curvopt.errors import CurvoptError
 from curvopt.quantities import Gradient, Quantity

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from curvopt.api import Params, record
 from curvopt.engine.backward import pull_back
-from curvopt.engine.compute import Result
+from curvopt.engine.result import Result
 from curvopt.errors import CurvoptError
 from curvopt.quantities import GGNGram, Quantity, SqrtGGNExact
 

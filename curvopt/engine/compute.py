@@ -5,17 +5,19 @@ from __future__ import annotations
 import math
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from curvopt.engine.axes import SampleAxes, mark, pass_key, probes, scales
 from curvopt.engine.backward import BATCH_BELOW, pull_back
 from curvopt.engine.hessian import Hessian
 from curvopt.engine.registry import FunctionRule
-from curvopt.engine.samples import Layout, layouts, sample_counts
+from curvopt.engine.result import Values
+from curvopt.engine.samples import Layout, layouts
 from curvopt.engine.tape import Tape, Use
 from curvopt.engine.terms import closure_terms, loss_terms, upstream, walk
 from curvopt.errors import CurvoptError, SlowPathWarning, Uncovered
@@ -25,87 +27,12 @@ from curvopt.quantities.base import Context, Cotangent, Pass, Quantity
 from curvopt.quantities.first_order import Gradient
 from curvopt.structures import Dense, Own, Pulled, Structure, total
 
-# Powers of two that tell samples apart: from 1 up, so that half precision keeps small numbers.
-_POWERS = 13
-
 # Bytes of cotangents that one chunk of columns may hold at the uses.
 CHUNK_BYTES = 1 << 25
 
-# Sample axes that were found to hold, by first parameter and signature of the forward pass: a
-# repeated forward pass is not checked again.
-_known_layouts: Any = WeakTensorKeyDictionary()
-
-# Forward passes, likewise, that needed no slow path: the next pass over such a graph may free it.
+# Forward passes, by first parameter and signature, that needed no slow path: the next pass over
+# such a graph may free it.
 _known_fast: Any = WeakTensorKeyDictionary()
-
-
-class Values(Mapping[Tensor, Any]):
-    """One quantity's values, keyed by the parameter."""
-
-    def __init__(self, field: str, values: dict[Tensor, Any]):
-        self._field, self._values = field, values
-
-    def __getitem__(self, parameter: Tensor) -> Any:
-        try:
-            return self._values[parameter]
-        except KeyError:
-            raise KeyError(
-                f"{self._field} has no value for this tensor: it was not among the parameters "
-                "given, or it does not require a gradient"
-            ) from None
-
-    def __iter__(self) -> Iterator[Tensor]:
-        return iter(self._values)
-
-    def __len__(self) -> int:
-        return len(self._values)
-
-    def __repr__(self) -> str:
-        shapes = ", ".join(str(list(getattr(v, "shape", "?"))) for v in self._values.values())
-        return f"{self._field}({shapes})"
-
-
-class Result:
-    """What `compute` returns: the loss, and one mapping from parameters per quantity.
-
-    Attributes:
-        loss: the loss, detached.
-        grad: the gradient of the loss as written; computed when first read unless it was asked for
-            or followed from what was.
-    """
-
-    loss: Tensor
-    batch_grad: Values
-    batch_l2: Values
-    sum_grad_squared: Values
-    variance: Values
-    diag_ggn_exact: Values
-    diag_ggn_mc: Values
-    diag_ggn_exact_batch: Values
-    diag_ggn_mc_batch: Values
-    sqrt_ggn_exact: Values
-    sqrt_ggn_mc: Values
-    clipped_grad_sum: Values
-    kfac: Values
-    kflr: Values
-    diag_h: Values
-    diag_h_batch: Values
-    diag_h_mc: Values
-    empirical_fisher: Values
-    grad_gram: Values
-    ggn_gram: Values
-    block_ggn: Values
-    block_hessian: Values
-    ggn_quadratic: Tensor
-
-    def __init__(self, loss: Tensor, gradient: Callable[[], dict[Tensor, Tensor]]):
-        self.loss, self._gradient = loss, gradient
-
-    def __getattr__(self, name: str) -> Any:
-        if name == "grad":
-            self.grad = Values("grad", self._gradient())
-            return self.grad
-        raise AttributeError(f"no quantity {name!r} was asked for")
 
 
 Parts = dict[Tensor, list[Structure]]
@@ -147,7 +74,6 @@ class Computation:
                 "loss.backward() instead, once"
             )
         self.terms: list[Loss] = []
-        self.inconclusive = False
         self.reached: list[Use] = []
         #: Whether some use was left to the slow path, which goes over the graph again.
         self.slow = False
@@ -164,7 +90,7 @@ class Computation:
         if all(isinstance(quantity, Gradient) for quantity in quantities):
             return {q.field: Values(q.field, self.gradient(free=free)) for q in quantities}
         values: dict[str, Any] = {}
-        free = free and self._fast(("run", self._key))
+        free = free and self._fast(("run", pass_key(self.tape)))
         with torch.set_grad_enabled(self.tape.create_graph):
             self._prepare()
             passes = self._passes(quantities)
@@ -173,7 +99,7 @@ class Computation:
                 for quantity, result in self._run_pass(one, asked, last).items():
                     whole = not isinstance(result, dict)
                     values[quantity.field] = result if whole else Values(quantity.field, result)
-        self._remember(("run", self._key))
+        self._remember(("run", pass_key(self.tape)))
         return values
 
     def gradient(self, *, free: bool = False) -> dict[Tensor, Tensor]:
@@ -184,7 +110,7 @@ class Computation:
             return {p: g for p, g in zip(params, grads, strict=True) if g is not None}
         one = self.loss.new_ones(1, *self.loss.shape)
         custom = {u for u in self.record.uses if isinstance(u.rule, FunctionRule)}
-        free = free and not custom and self._fast(("gradient", self._key))
+        free = free and not custom and self._fast(("gradient", pass_key(self.tape)))
         uses, cotangents, direct = self._pull([self.loss], [one], free)
         self.reached = uses
         result = {p: grad[0] for p, grad in direct.items()}
@@ -197,7 +123,7 @@ class Computation:
         with torch.no_grad():
             parts, uncovered = self._structures(uses, cotangents, whole)
             self.slow = bool(uncovered)
-            self._remember(("gradient", self._key))
+            self._remember(("gradient", pass_key(self.tape)))
             for use in uncovered:
                 leaves = [use.arguments[name] for name in use.values]
                 grads = torch.autograd.grad(self.loss, leaves, retain_graph=True)
@@ -235,19 +161,14 @@ class Computation:
         else:
             self.terms = closure_terms(self.loss, self.output, self.record, self.reduction)
         self.upstream = upstream(self.loss, self.terms)
-        self.samples, self.term_layouts, self.use_layouts = self._layouts()
+        axes = SampleAxes(self.tape, self.terms)
+        self.samples, self.term_layouts, self.use_layouts = axes.find()
         self.shares = [
             term.share(layout) for term, layout in zip(self.terms, self.term_layouts, strict=True)
         ]
         first = self.shares[0]
         #: Every sample of every term has one share: its own loss is the loss times a number.
         self.uniform = all(not isinstance(s, Tensor) and s == first for s in self.shares)
-
-    @property
-    def _key(self) -> tuple[Any, ...]:
-        """What repeated forward passes have in common."""
-        tape, record = self.tape, self.record
-        return record.signature, len(record.uses), tape.batch_size, len(tape.params)
 
     def _fast(self, key: tuple[Any, ...]) -> bool:
         return key in _known_fast.get(self.tape.params[0], ())
@@ -258,119 +179,6 @@ class Computation:
             known.clear()
         if not self.slow:
             known.add(key)
-
-    def _layouts(self) -> tuple[int, list[Layout], dict[Use, Layout | None]]:
-        """Number of samples, and the sample axis of every term and use, checked once."""
-        uses = self.record.uses
-        known = _known_layouts.setdefault(self.tape.params[0], {})
-        key = self._key
-        if key not in known:
-            if len(known) > 1000:  # shapes that never repeat
-                known.clear()
-            n, terms, of_uses = self._find_layouts()
-            if not self.inconclusive:
-                known[key] = n, terms, [of_uses[use] for use in uses]
-            return n, terms, of_uses
-        n, terms, in_order = known[key]
-        return n, terms, dict(zip(uses, in_order, strict=True))
-
-    def _find_layouts(self) -> tuple[int, list[Layout], dict[Use, Layout | None]]:
-        outputs = [term.output for term in self.terms]
-        given, rows = self.tape.batch_size, list(outputs[0].shape)
-        uses = self.record.uses
-        first = list(uses[0].shape) if uses else rows
-        if given is not None:
-            counts = [given]
-        else:
-            counts = sample_counts(tuple(first), tuple(rows), self.tape.hint)
-        mixing = None
-        for n in counts:
-            # All terms share one kind of layout: trying every combination would find chance hits.
-            per_term = [list(self._readable(term, n, first)) for term in self.terms]
-            if not all(per_term):
-                continue
-            for choice in range(max(map(len, per_term))):
-                chosen = [options[min(choice, len(options) - 1)] for options in per_term]
-                found, mixing_here = self._separable(n, outputs, chosen)
-                if found is not None:
-                    return n, chosen, found
-                mixing = mixing or mixing_here
-        if mixing is None:
-            given_text = "" if given is None else f"batch_size={given} does not fit: "
-            raise CurvoptError(
-                f"{given_text}the number of samples cannot be read from the first op's output "
-                f"{first} and the loss's input {rows}: give the right batch_size="
-            )
-        raise CurvoptError(
-            f"samples are not separate: the loss of one sample depends on others at {mixing}. "
-            "Per-sample quantities need a model that treats samples one by one (no statistics "
-            "over the batch). If the samples are not on the first axis, give batch_size=; if the "
-            "op's data is a constant for all samples (positions, say), make it a buffer"
-        )
-
-    def _readable(self, term: Loss, n: int, first: list[int]) -> Iterator[Layout]:
-        """Layouts of a loss's input; time first is read into it only where shapes leave no doubt.
-
-        (A batch that the model handles in parts looks the same as time steps.)
-        """
-        time_first = first[1:2] == [n] and len(first) > 2 and first[0] * n == term.output.shape[0]
-        time_first = time_first and first[0] != n
-        for layout in term.layouts(n):
-            shown = layout.kind == "batch" or (layout.kind == "time-flat" and time_first)
-            if shown or self.tape.batch_size is not None:
-                yield layout
-
-    def _separable(
-        self, n: int, outputs: list[Tensor], chosen: list[Layout]
-    ) -> tuple[dict[Use, Layout | None] | None, str]:
-        """Find each use's sample axis, given that of the outputs.
-
-        If samples do not mix, multiplying the cotangent of sample n by a_n multiplies row n at
-        every use by a_n. With two draws of distinct powers of two (exact in floating point), a
-        wrong axis, or a single pair of samples that mix, breaks this.
-        """
-        candidates = {use: list(layouts(use.shape, n)) for use in self.record.uses}
-        if n < 2:
-            return self._one_sample(outputs, candidates)
-        factors, cotangents = _probes(n, outputs, chosen)
-        marks: dict[Use, dict[Layout, list[Tensor]]] = {
-            use: {layout: [] for layout in options} for use, options in candidates.items()
-        }
-        for index in range(len(factors)):  # one by one: each holds the cotangents of all uses
-            column = [cotangent[index : index + 1] for cotangent in cotangents]
-            edges = [use.edge for use in candidates]
-            grads = pull_back(outputs, column, edges, batched=False)
-            for use, grad in zip(candidates, grads, strict=True):
-                for layout, found in marks[use].items():
-                    if grad is not None:
-                        found.append(_mark(grad[0], layout))
-        result: dict[Use, Layout | None] = {}
-        for use, options in candidates.items():
-            if not options or not marks[use][options[0]]:
-                result[use] = options[0] if options else None
-                continue
-            # Zeros prove nothing (behind weights that start at zero, say): look again next time.
-            self.inconclusive |= not marks[use][options[0]][0].any()
-            result[use] = next((o for o in options if _scales(marks[use][o], factors)), None)
-            if result[use] is None and not use.rule.tentative:
-                return None, f"{use.op} (output {list(use.shape)}, {n} samples)"
-        return result, ""
-
-    def _one_sample(
-        self, outputs: list[Tensor], candidates: dict[Use, list[Layout]]
-    ) -> tuple[dict[Use, Layout | None] | None, str]:
-        """A batch of one cannot mix, but many rows of a loss must all be that sample's."""
-        found = {use: options[0] if options else None for use, options in candidates.items()}
-        rows = outputs[0].shape[0]
-        if self.tape.hint != 1 and rows > 1 and candidates:
-            first = next(iter(candidates))
-            half = torch.zeros(2, rows, *[1] * (outputs[0].ndim - 1))
-            half[0, ::2], half[1, 1::2] = 1, 1
-            cotangent = half.to(outputs[0]).expand(2, *outputs[0].shape)
-            (grad,) = pull_back(outputs[:1], [cotangent], [first.edge], batched=False)
-            if grad is None or not all(part.any() for part in grad):
-                return None, f"{first.op} (output {list(first.shape)}, {rows} rows of the loss)"
-        return found, ""
 
     # -- cotangents -------------------------------------------------------------------------------
 
@@ -619,8 +427,8 @@ class Computation:
         leaves = [use.arguments[name] for name in use.values]
         if self.samples < 2 or any(id(v.tensor) in self.tape.by_id for v in use.values.values()):
             return None
-        factors, probes = _probes(self.samples, outputs, self.term_layouts)
-        grads = pull_back(outputs, probes, leaves, batched=False)
+        factors, marked = probes(self.samples, outputs, self.term_layouts)
+        grads = pull_back(outputs, marked, leaves, batched=False)
         rows = pull_back(
             outputs, cotangents, leaves, batched=False, create_graph=self.tape.create_graph
         )
@@ -629,8 +437,8 @@ class Computation:
             if grad is None or row is None or not grad[0].any():
                 return None
             options = layouts(leaf.shape, self.samples)
-            marks = {option: [_mark(part, option) for part in grad] for option in options}
-            layout = next((o for o, mark in marks.items() if _scales(mark, factors)), None)
+            marks = {option: [mark(part, option) for part in grad] for option in options}
+            layout = next((o for o, found in marks.items() if scales(found, factors)), None)
             if layout is None:
                 return None
             found[name] = Own(layout.split(row, 1), layout)
@@ -702,42 +510,6 @@ def check_loss(loss: Any, *, finite: bool = True) -> None:
             f"the loss is {loss.item()}, not finite; nothing was changed. Lower the learning "
             "rate, or look for inputs that are not finite"
         )
-
-
-def _probes(
-    n: int, outputs: list[Tensor], chosen: list[Layout]
-) -> tuple[list[Tensor], list[Tensor]]:
-    """Factors per sample, the first all ones, and random cotangents that are scaled by them."""
-    generator = torch.Generator().manual_seed(0)
-    factors = [torch.ones(n)] + [
-        torch.randperm(n, generator=generator).mul(_POWERS).div(n).floor().exp2() for _ in range(2)
-    ]
-    noise = [torch.rand(output.shape, generator=generator).add_(0.5) for output in outputs]
-    cotangents = [
-        torch.stack([per_sample(base, factor, layout) for factor in factors]).to(output)
-        for base, output, layout in zip(noise, outputs, chosen, strict=True)
-    ]
-    return factors, cotangents
-
-
-def _mark(grad: Tensor, layout: Layout) -> Tensor:
-    """Two numbers per sample that tell its rows: along a random direction, and their norm."""
-    rows = layout.split(grad).flatten(1)
-    rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
-    direction = torch.randn(rows.shape[1], generator=torch.Generator().manual_seed(0))
-    return torch.stack([rows @ direction.to(rows), torch.linalg.vector_norm(rows, dim=1)])
-
-
-def _scales(marks: list[Tensor], factors: list[Tensor]) -> bool:
-    """Whether the rows of each sample scale with its factor (the first factors are ones)."""
-    along, size = marks[0]
-    for (mark, _), factor in zip(marks[1:], factors[1:], strict=True):
-        error = (mark - factor.to(along) * along).abs()
-        # A product of zero and infinity is no sign of mixing.
-        error = torch.where(error.isnan(), 0, error)
-        if (error > 1e-2 * factor.to(size) * size.nan_to_num(0)).any():
-            return False
-    return True
 
 
 def _inverse(share: float | Tensor) -> float | Tensor:

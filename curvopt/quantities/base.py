@@ -96,6 +96,8 @@ class Quantity:
 
     def combine(self, before: Any, part: Any) -> Any:
         """Join the results of two chunks of columns."""
+        if isinstance(before, Tensor) and not (before.requires_grad or part.requires_grad):
+            return before.add_(part)
         return before + part
 
     def combine_all(self, before: Any, part: Any) -> Any:

@@ -96,7 +96,22 @@ class Structure(ABC):
 
     def batch_sum_of_squares(self) -> Tensor:
         """Elementwise ``sum_v row_vn^2`` of every sample: ``[N, *shape]``."""
-        return torch.cat([rows.square().sum(0) for _, _, rows in self.blocks()])
+        return self._collected((rows * rows).sum(0) for _, _, rows in self.blocks())
+
+    def _collected(self, parts: Iterator[Tensor], axis: int = 0) -> Tensor:
+        """Blocks of samples put together, each freed as the next one comes."""
+        result, start = None, 0
+        for part in parts:
+            if part.requires_grad:
+                return torch.cat([part, *parts], axis)
+            if result is None:
+                shape = list(part.shape)
+                shape[axis] = self.samples
+                result = part.new_empty(shape)
+            result.narrow(axis, start, part.shape[axis]).copy_(part)
+            start += part.shape[axis]
+        assert result is not None  # there is always a block
+        return result
 
     def cross(self, other: Structure, batch: bool = False) -> Tensor:
         """Elementwise ``sum_v row_vn * other_vn``, ``[N, *shape]`` if batch, else summed over n.

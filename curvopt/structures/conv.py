@@ -100,13 +100,7 @@ class Conv(Structure):
         return grad.sum(2) if k > 1 else grad.squeeze(2)
 
     def form(self) -> Tensor:
-        blocks = self.blocks()
-        if self.cotangent.requires_grad or self.input.requires_grad:
-            return torch.cat([rows for _, _, rows in blocks], 1)
-        result = self.cotangent.new_empty(self.columns, self.samples, *self.shape)
-        for start, stop, rows in blocks:
-            result[:, start:stop] = rows
-        return result
+        return self._collected((rows for _, _, rows in self.blocks()), 1)
 
     def take(self, samples: Sequence[int]) -> Structure:
         at = list(samples)
