@@ -186,5 +186,8 @@ def _move(p: Tensor, grad: Tensor, state: dict[str, Any], group: dict[str, Any])
         factor = torch.minimum(factor, group["max_step"] / rms)  # minimum(1, inf) where u is 0
     if group["weight_decay"]:
         p.mul_(1 - lr * group["weight_decay"])
-    step = u.mul_(factor * (lr if group["maximize"] else -lr))
-    p.add_(step.to(p.dtype))
+    factor = factor * (lr if group["maximize"] else -lr)
+    if u.dtype == p.dtype:
+        p.addcmul_(u, factor)
+    else:
+        p.add_(u.mul_(factor).to(p.dtype))
