@@ -18,8 +18,9 @@ import curvopt
 
 private = {"noise_multiplier": 0.0, "max_grad_norm": 10.0, "expected_batch_size": 8}
 ROWS = {
-    "diag_ggn": curvopt.DiagGGNOptimizer,
-    "diag_ggn-exact": partial(curvopt.DiagGGNOptimizer, estimator="exact"),
+    # With a rate whose steps bfloat16 can represent.
+    "diag_ggn": partial(curvopt.DiagGGNOptimizer, lr=1e-3),
+    "diag_ggn-exact": partial(curvopt.DiagGGNOptimizer, lr=1e-3, estimator="exact"),
     "variance_adaptive": curvopt.VarianceAdaptiveSGD,
     "variance_adaptive-every-step": partial(
         curvopt.VarianceAdaptiveSGD, variance_every=1, debiased=True
