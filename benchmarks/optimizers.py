@@ -171,6 +171,7 @@ METHODS: dict[str, Method] = named(
         backpack_diag_ggn("DiagGGNExact", damping=1e-3),
         *(1e-3, 1e-5, 1e-1),
         needs="backpack.extend",
+        skip=("2c2d",),
     ),
     Method(
         "BackPACK DiagGGN-MC",

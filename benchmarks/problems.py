@@ -225,5 +225,5 @@ TRAINING: dict[str, Training] = named(
     Training("digits", lambda: mlp(64, 64, 32, 10), digits, 360, 360, title="MLP, digits"),
     Training("logistic", lambda: mlp(784, 10), mnist, 420, 420, title="logistic regression, MNIST"),
     Training("mlp", lambda: mlp(784, 1000, 500, 100, 10), mnist, 860, 160, title="MLP, MNIST"),
-    Training("2c2d", lambda: net_2c2d(1024), mnist, 420, 0, title="2C2D, MNIST"),
+    Training("2c2d", lambda: net_2c2d(1024), mnist, 320, 0, title="2C2D, MNIST"),
 )

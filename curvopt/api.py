@@ -112,7 +112,7 @@ def compute(
     """
     tape = record(params, batch_size=batch_size, create_graph=create_graph)
     calls: list[Tensor] = []
-    tape.on_backward = lambda loss, *args, **kwargs: calls.append(loss)
+    tape.on_backward = lambda tape, loss, *args, **kwargs: calls.append(loss)
     with torch.enable_grad(), tape:
         loss = closure()
     if len(calls) > 1:

@@ -12,7 +12,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from curvopt.engine.backward import pull_back
 from curvopt.engine.samples import Layout, layouts, sample_counts
 from curvopt.engine.tape import Tape, Use
-from curvopt.errors import CurvoptError
+from curvopt.errors import CurvoptError, Uncovered
 from curvopt.losses import Loss
 from curvopt.losses.base import per_sample
 
@@ -42,6 +42,8 @@ class SampleAxes:
     def __init__(self, tape: Tape, terms: list[Loss]):
         self.tape, self.record, self.terms = tape, tape.record, terms
         self.inconclusive = False
+        #: Known to need no slow path: a new signature whose rules covered all uses while proven.
+        self.covered = False
 
     def find(self) -> Axes:
         """Number of samples, and the sample axis of every loss and use, checked once."""
@@ -116,18 +118,19 @@ class SampleAxes:
         candidates = {use: list(layouts(use.shape, n)) for use in self.record.uses}
         if n < 2:
             return self._one_sample(outputs, candidates)
-        factors, cotangents = probes(n, outputs, chosen)
+        factors = draw_factors(n)
         marks: dict[Use, dict[Layout, list[Tensor]]] = {
             use: {layout: [] for layout in options} for use, options in candidates.items()
         }
-        for index in range(len(factors)):  # one by one: each holds the cotangents of all uses
-            column = [cotangent[index : index + 1] for cotangent in cotangents]
-            edges = [use.edge for use in candidates]
-            grads = pull_back(outputs, column, edges, batched=False)
-            for use, grad in zip(candidates, grads, strict=True):
-                for layout, found in marks[use].items():
-                    if grad is not None:
-                        found.append(mark(grad[0], layout))
+        targets = [use.edge for use in candidates] + self.tape.params
+        for column in probes(factors, outputs, chosen):
+            grads: list[Tensor | None] = []  # one by one: each holds the cotangents of all uses
+            grads = pull_back(outputs, column, targets, batched=False)
+            for index, use in enumerate(candidates):
+                if (arrived := grads[index]) is not None:
+                    for layout, found in marks[use].items():
+                        found.append(mark(arrived[0], layout))
+            arrived = None
         result: dict[Use, Layout | None] = {}
         for use, options in candidates.items():
             if not options or not marks[use][options[0]]:
@@ -138,6 +141,8 @@ class SampleAxes:
             result[use] = next((o for o in options if scales(marks[use][o], factors)), None)
             if result[use] is None and not use.rule.tentative:
                 return None, f"{use.op} (output {list(use.shape)}, {n} samples)"
+        direct = any(grad is not None for grad in grads[len(candidates) :])
+        self.covered = not direct and all(map(covers, candidates, grads, result.values()))
         return result, ""
 
     def _one_sample(
@@ -157,20 +162,37 @@ class SampleAxes:
         return found, ""
 
 
-def probes(
-    n: int, outputs: list[Tensor], chosen: list[Layout]
-) -> tuple[list[Tensor], list[Tensor]]:
-    """Factors per sample, the first all ones, and random cotangents that are scaled by them."""
+def covers(use: Use, grad: Tensor | None, layout: Layout | None) -> bool:
+    """Whether the rule of a use has structures for a cotangent after all."""
+    if grad is None:
+        return True
+    if layout is None:
+        return False
+    try:
+        use.structures(grad, layout)
+    except Uncovered:
+        return False
+    return True
+
+
+def draw_factors(n: int) -> list[Tensor]:
+    """Factors per sample: ones, and two draws of powers of two."""
     generator = torch.Generator().manual_seed(0)
-    factors = [torch.ones(n)] + [
-        torch.randperm(n, generator=generator).mul(_POWERS).div(n).floor().exp2() for _ in range(2)
-    ]
-    noise = [torch.rand(output.shape, generator=generator).add_(0.5) for output in outputs]
-    cotangents = [
-        torch.stack([per_sample(base, factor, layout) for factor in factors]).to(output)
-        for base, output, layout in zip(noise, outputs, chosen, strict=True)
-    ]
-    return factors, cotangents
+    draws = [torch.randperm(n, generator=generator) for _ in range(2)]
+    return [torch.ones(n), *(draw.mul(_POWERS).div(n).floor().exp2() for draw in draws)]
+
+
+def probes(
+    factors: list[Tensor], outputs: list[Tensor], chosen: list[Layout]
+) -> Iterator[list[Tensor]]:
+    """Columns of one random cotangent, scaled by each of the factors."""
+    for factor in factors:
+        generator = torch.Generator().manual_seed(1)
+        noise = (torch.rand(output.shape, generator=generator).add_(0.5) for output in outputs)
+        yield [
+            per_sample(base, factor, layout).to(output).unsqueeze(0)
+            for base, output, layout in zip(noise, outputs, chosen, strict=True)
+        ]
 
 
 def mark(grad: Tensor, layout: Layout) -> Tensor:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from curvopt.engine.axes import SampleAxes, mark, pass_key, probes, scales
+from curvopt.engine.axes import SampleAxes, draw_factors, mark, pass_key, probes, scales
 from curvopt.engine.backward import BATCH_BELOW, pull_back
 from curvopt.engine.hessian import Hessian
 from curvopt.engine.registry import FunctionRule
@@ -90,9 +90,9 @@ class Computation:
         if all(isinstance(quantity, Gradient) for quantity in quantities):
             return {q.field: Values(q.field, self.gradient(free=free)) for q in quantities}
         values: dict[str, Any] = {}
-        free = free and self._fast(("run", pass_key(self.tape)))
         with torch.set_grad_enabled(self.tape.create_graph):
-            self._prepare()
+            covered = self._prepare()
+            free = free and (covered or self._fast(("run", pass_key(self.tape))))
             passes = self._passes(quantities)
             for index, (one, asked) in enumerate(passes.items()):
                 last = free and index == len(passes) - 1
@@ -149,7 +149,8 @@ class Computation:
 
     # -- the sample axis --------------------------------------------------------------------------
 
-    def _prepare(self) -> None:
+    def _prepare(self) -> bool:
+        """Find the losses and the samples; says whether the rules are known to cover all uses."""
         if self.record.coupled:
             raise CurvoptError(
                 f"{self.record.coupled} is in training mode: its statistics mix the samples, so "
@@ -169,6 +170,7 @@ class Computation:
         first = self.shares[0]
         #: Every sample of every term has one share: its own loss is the loss times a number.
         self.uniform = all(not isinstance(s, Tensor) and s == first for s in self.shares)
+        return axes.covered
 
     def _fast(self, key: tuple[Any, ...]) -> bool:
         return key in _known_fast.get(self.tape.params[0], ())
@@ -202,8 +204,8 @@ class Computation:
                         passes[Pass(cotangent, kind)] = part
         return passes
 
-    def _columns(self, one: Pass) -> Iterator[list[Tensor]]:
-        """Chunks of cotangents, a ``[V, *output.shape]`` per term."""
+    def _columns(self, one: Pass, free: bool = False) -> Iterator[list[Tensor]]:
+        """Chunks of cotangents, a ``[V, *output.shape]`` per term; `free`: free the losses too."""
         kind = one.cotangent.kind
         options = {"create_graph": self.tape.create_graph or kind == "hessian"}
         chosen = one.cotangent.subsample
@@ -212,11 +214,14 @@ class Computation:
         ]
         if kind in ("gradient", "hessian"):
             chunk = []
+            retain = not free or kind == "hessian" or len(self.terms) > 1
             for term, up, factor, layout in zip(
                 self.terms, self.upstream, inverse, self.term_layouts, strict=True
             ):
+                if not isinstance(factor, Tensor):  # of all samples: cheaper before the rows
+                    up, factor = up if factor == 1 else up * factor, 1.0
                 (grad,) = torch.autograd.grad(
-                    term.value, term.output, up, retain_graph=True, **options
+                    term.value, term.output, up, retain_graph=retain, **options
                 )
                 chunk.append(per_sample(grad, factor, layout).unsqueeze(0))
             yield chunk
@@ -269,7 +274,7 @@ class Computation:
         if chosen is not None and not isinstance(share, Tensor) and share is not None:
             share = share * _enlarged(share, chosen)
         results: dict[Quantity, Any] = {}
-        chunks = iter(self._columns(one))
+        chunks = iter(self._columns(one, free))
         outputs = [term.output for term in self.terms]
         cotangents = next(chunks)
         while True:
@@ -284,6 +289,7 @@ class Computation:
                 p: total(parts[p]) if p in parts else self._nothing(p, columns)
                 for p in self.tape.params
             }
+            del grads, parts  # a structure may let go of its factors
             if chosen is not None:
                 structures = {p: s.take(chosen) for p, s in structures.items()}
             count = self.samples if chosen is None else len(chosen)
@@ -298,7 +304,7 @@ class Computation:
                 results[quantity] = part
             if following is None:
                 return {quantity: quantity.finish(part) for quantity, part in results.items()}
-            del grads, parts, structures  # freed before the next columns go
+            del structures  # freed before the next columns go
             cotangents = following
 
     def _scaling(
@@ -427,14 +433,18 @@ class Computation:
         leaves = [use.arguments[name] for name in use.values]
         if self.samples < 2 or any(id(v.tensor) in self.tape.by_id for v in use.values.values()):
             return None
-        factors, marked = probes(self.samples, outputs, self.term_layouts)
-        grads = pull_back(outputs, marked, leaves, batched=False)
+        factors = draw_factors(self.samples)
+        probed = [
+            pull_back(outputs, column, leaves, batched=False)
+            for column in probes(factors, outputs, self.term_layouts)
+        ]
         rows = pull_back(
             outputs, cotangents, leaves, batched=False, create_graph=self.tape.create_graph
         )
         found: dict[Any, Structure] = {}
-        for name, leaf, grad, row in zip(use.values, leaves, grads, rows, strict=True):
-            if grad is None or row is None or not grad[0].any():
+        for name, leaf, row, *parts in zip(use.values, leaves, rows, *probed, strict=True):
+            grad = [part[0] for part in parts if part is not None]
+            if row is None or not grad or not grad[0].any():
                 return None
             options = layouts(leaf.shape, self.samples)
             marks = {option: [mark(part, option) for part in grad] for option in options}

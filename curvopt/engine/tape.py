@@ -196,7 +196,7 @@ class Tape(TorchFunctionMode):
         params: the parameters to track, or (name, parameter) pairs.
         batch_size: number of samples, where it cannot be read from the model's first op and loss.
         create_graph: keep everything differentiable, for gradients of the quantities.
-        on_backward: called with the loss in place of ``Tensor.backward``.
+        on_backward: called with the tape and the loss in place of ``Tensor.backward``.
     """
 
     def __init__(
@@ -500,12 +500,17 @@ class Tape(TorchFunctionMode):
         return output
 
     def _backward(self, func: Function, args: Positional, kwargs: Keywords) -> Any:
+        return self.backward(*args, **kwargs)
+
+    def backward(self, *args: Any, **kwargs: Any) -> Any:
+        """What takes the place of ``Tensor.backward``."""
         if self.on_backward is None:
             raise CurvoptError(
                 "backward() was called inside curvopt.record(); call tape.compute(loss, ...) "
                 "instead, or use an optimizer's record() or step(closure)"
             )
-        return self.on_backward(*args, **kwargs)
+        # It is given the tape, and holds none: a cycle would keep the graph until collected.
+        return self.on_backward(self, *args, **kwargs)
 
     # -- custom module rules ----------------------------------------------------------------------
 

@@ -57,6 +57,8 @@ class EngineOptimizer(torch.optim.Optimizer):
     finite_loss = True
     #: Leaves of the graph that are not this optimizer's get their gradient too, as in torch.
     serves_others = True
+    #: A failed step gives the gradients back that were there before it.
+    restores_gradients = True
     # Makes GradScaler leave the scale to `step`, which refuses it.
     _step_supports_amp_scaling = True
 
@@ -141,8 +143,10 @@ class EngineOptimizer(torch.optim.Optimizer):
             CurvoptError: the closure returns no loss, the loss is not finite, a backward pass went
                 unrecorded, ...; parameters, gradients and state are as before.
         """
-        grads = [(p, p.grad) for p in self._parameters()]
-        before = list(self.collected), self._left, self._recorded
+        before = list(self.collected), self._recorded
+        grads = left = None
+        if self.restores_gradients:
+            grads, left = [(p, p.grad) for p in self._parameters()], self._left
         loss = None
         try:
             self._refuse_scaling()
@@ -157,9 +161,11 @@ class EngineOptimizer(torch.optim.Optimizer):
             self._update()
             self.steps = taken + 1
         except BaseException:
-            for p, grad in grads:
-                p.grad = grad
-            self.collected, self._left, self._recorded = before
+            if grads is not None and left is not None:
+                for p, grad in grads:
+                    p.grad = grad
+                self._left = left
+            self.collected, self._recorded = before
             raise
         self.collected.clear()
         self._note(recorded=False)
@@ -180,7 +186,7 @@ class EngineOptimizer(torch.optim.Optimizer):
             value, *others = loss if isinstance(loss, tuple) and loss else (loss,)
             outputs = [o for o in others if isinstance(o, Tensor) and o.ndim and o.requires_grad]
             output = outputs[0] if len(outputs) == len(others) == 1 else None
-            tape.on_backward(value, output=output)
+            tape.backward(value, output=output)
         return loss
 
     def record(self) -> AbstractContextManager[Any]:
@@ -209,9 +215,9 @@ class EngineOptimizer(torch.optim.Optimizer):
         wanted = self._wanted()
         if not wanted:
             return PlainBackward(self)
-        tape = self._tape()
 
         def backward(
+            tape: Tape,
             loss: Tensor,
             gradient: Tensor | None = None,
             retain_graph: bool | None = None,
@@ -243,6 +249,7 @@ class EngineOptimizer(torch.optim.Optimizer):
             self._note(recorded=True)
             tape.consume(computation.reached)
 
+        tape = self._tape()
         tape.on_backward = backward
         return tape
 
@@ -392,10 +399,10 @@ class PlainBackward(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is Tensor.backward:
-            return self.on_backward(*args, **(kwargs or {}))
+            return self.backward(*args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
 
-    def on_backward(self, loss: Tensor, *args: Any, output: Any = None, **kwargs: Any) -> None:
+    def backward(self, loss: Tensor, *args: Any, output: Any = None, **kwargs: Any) -> None:
         """Go backward as usual."""
         check_loss(loss)
         self.optimizer._begin_pass()

@@ -52,6 +52,7 @@ class PrivateOptimizer(EngineOptimizer):
     """
 
     saved = ("steps", "nonfinite_samples")
+    restores_gradients = False  # they are the last step's, already used: the memory is better used
     serves_others = False  # their gradient would not be private
     finite_loss = False  # one sample may make it infinite; its gradient is left out then
 
@@ -112,6 +113,7 @@ class PrivateOptimizer(EngineOptimizer):
                 "batch in one `with opt.record():`, or drop the pass by zero_grad()"
             )
         self._begin_pass()
+        self.zero_grad()
         return super().record()
 
     def _tape(self) -> Tape:

@@ -167,8 +167,11 @@ class GaussianNoise:
         streams = [self._stream(device, index) for device, index in pieces]
 
         def work(mine: list[Tensor], stream: torch.Generator) -> None:
+            scratch = None  # one for all pieces: it stays in the cache
             for piece in mine:
-                noise = gaussian_noise(piece, std / size, generator=stream, secure=self.secure)
+                if scratch is None or len(scratch) < len(piece):
+                    scratch = piece.new_empty(len(piece), dtype=noise_dtype(piece, self.secure))
+                noise = _fill(scratch[: len(piece)], std / size, stream, self.secure)
                 torch.add(noise, piece, alpha=1 / size, out=piece)
 
         if torch.get_num_threads() > 1 and sum(map(torch.Tensor.numel, totals)) > PIECE:

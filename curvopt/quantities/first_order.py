@@ -133,7 +133,8 @@ class ClippedGradSum(Quantity):
     def reduce_all(
         self, structures: dict[Tensor, Structure], context: Context
     ) -> dict[Tensor, Tensor]:
-        structures = {p: structure.settled() for p, structure in structures.items()}
+        for p, structure in structures.items():  # in place, for its factors are not needed now
+            structures[p] = structure.settled()
         parts = [structure.squared_norms()[0] for structure in structures.values()]
         squares = torch.stack(parts)
         factor = context.factor

@@ -210,6 +210,13 @@ def _accumulate(parts: Iterator[Tensor]) -> Tensor:
     return total
 
 
+def scale_smaller(left: Tensor, right: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """Factors of a product, the smaller one times the samples' weights ``[N]``."""
+    if left.numel() <= right.numel():
+        return left * weights.view(-1, *[1] * (left.ndim - 1)), right
+    return left, right * weights.view(-1, *[1] * (right.ndim - 1))
+
+
 def sum_tensors(tensors: list[Tensor]) -> Tensor:
     """Sum of tensors of one shape."""
     result = tensors[0]

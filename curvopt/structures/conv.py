@@ -9,10 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import Size, Tensor
 
-from curvopt.structures.base import BLOCK, Structure, sum_tensors
+from curvopt.structures.base import BLOCK, Structure, scale_smaller, sum_tensors
 from curvopt.structures.dense import Dense
 from curvopt.structures.kronecker import Factors
 from curvopt.structures.outer import Outer
+
+# Input channels (of images) up to which convolution kernels with a group per sample are slow.
+FEW_CHANNELS = 4
 
 
 class Conv(Structure):
@@ -82,8 +85,9 @@ class Conv(Structure):
 
     @property
     def by_patches(self) -> bool:
-        """Many columns share the patches; of small maps they are cheap."""
-        return self.columns > 2 or self.positions <= 64
+        """Many columns share the patches; of small maps and few channels they are cheap."""
+        few = self.groups == 1 and self.shape[1] <= FEW_CHANNELS
+        return self.columns > 2 or self.positions <= 64 or few
 
     def rows(self, start: int, stop: int) -> Tensor:
         if self.by_patches:
@@ -107,10 +111,13 @@ class Conv(Structure):
         return self._taken(samples, cotangent=self.cotangent[:, at], input=self.input[at])
 
     def sum(self, weights: Tensor | None = None) -> Tensor:
-        cotangent = self.cotangent.sum(0) if self.columns > 1 else self.cotangent[0]
+        cotangent, input = (
+            self.cotangent.sum(0) if self.columns > 1 else self.cotangent[0],
+            self.input,
+        )
         if weights is not None:
-            cotangent = cotangent * weights.view(-1, *[1] * (cotangent.ndim - 1))
-        return self._weight_gradient(cotangent.flatten(0, 1), self.input.flatten(0, 1), self.groups)
+            cotangent, input = scale_smaller(cotangent, input, weights)
+        return self._weight_gradient(cotangent.flatten(0, 1), input.flatten(0, 1), self.groups)
 
     def moments(self, scale: float = 1.0) -> tuple[Tensor, Tensor]:
         # Rows formed for the squares give their sum for one more addition.

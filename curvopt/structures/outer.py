@@ -8,7 +8,7 @@ from copy import copy
 import torch
 from torch import Size, Tensor
 
-from curvopt.structures.base import Structure, sum_tensors
+from curvopt.structures.base import Structure, scale_smaller, squared_norm, sum_tensors
 from curvopt.structures.dense import Dense
 from curvopt.structures.kronecker import Factors
 
@@ -52,9 +52,10 @@ class Outer(Structure):
 
     def sum(self, weights: Tensor | None = None) -> Tensor:
         left = self.left.sum(0) if self.columns > 1 else self.left[0]
+        right = self.right
         if weights is not None:
-            left = left * weights[:, None, None, None]
-        return self._contract(left, self.right)
+            left, right = scale_smaller(left, right, weights)
+        return self._contract(left, right)
 
     def sum_of_squares(self) -> Tensor:
         if self.tokens != 1:
@@ -85,8 +86,7 @@ class Outer(Structure):
 
     def squared_norms(self) -> Tensor:
         if self.tokens == 1:
-            left, right = self.left.square().sum((-2, -1)), self.right.square().sum((-2, -1))
-            return (left * right).sum(-1)
+            return (squared_norm(self.left, 3) * squared_norm(self.right, 2)).sum(-1)
         t, o, i = self.tokens, self.outputs, self.inputs
         # Gram matrices of the tokens, 2 T^2 (O + I) flops, or the formed rows, 2 T O I.
         if t * (o + i) >= o * i:
