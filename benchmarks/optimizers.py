@@ -182,7 +182,7 @@ METHODS: dict[str, Method] = named(
     Method(
         "curvopt DiagGGN",
         closure("curvopt.DiagGGNOptimizer"),
-        *(own_lr("curvopt.DiagGGNOptimizer", 1e-2), 1e-4, 1.0),
+        *(own_lr("curvopt.DiagGGNOptimizer", 1e-3), 1e-5, 1e-1),
         needs="curvopt.DiagGGNOptimizer",
     ),
     Method(

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import curvopt
+from curvopt.optim.diag_ggn import _rate
 from tests import oracles
 from tests.cases import Case
 from tests.oracles import assert_close
@@ -62,3 +63,73 @@ def test_without_curvature_diag_ggn_is_sgd(weight_decay):
             opt.step(closure)
         runs.append(oracles.flat(problem.params))
     assert_close(runs[1], runs[0], 1e-12)
+
+
+def test_diag_ggn_is_its_formula():
+    """The update of the docstring, written out, for a dozen steps."""
+    lr, c, mu, beta, kappa, decay = 0.01, 0.1, 0.9, 0.95, 0.3, 0.1
+    mine, theirs = (Case("mlp-tanh", "ce").build(n=5) for _ in range(2))
+    opt = curvopt.DiagGGNOptimizer(
+        mine.params, lr, c, weight_decay=decay, estimator="exact", curvature_every=4
+    )
+    state = {p: {"m": 0.0, "h": 0.0, "e": 0.0, "gamma": 1.0} for p in theirs.params}
+    weight = 0.0
+    for t in range(1, 13):
+        opt.step(lambda: mine.loss())
+        measured = t in (1, 2, 3, 5, 9)  # at steps 0, 1, 2, then every fourth
+        curvature = oracles.diag_ggn(*theirs) if measured else None
+        weight = beta * weight + 1 - beta if measured else weight
+        grads = torch.autograd.grad(theirs.loss(), theirs.params)
+        for p, g in zip(theirs.params, grads, strict=True):
+            s = state[p]
+            if curvature is not None:
+                s["h"] = beta * s["h"] + (1 - beta) * curvature[p]
+                h = s["h"] / weight
+                s["P"] = h + c * h.mean()
+            s["m"] = mu * s["m"] + (1 - mu) * g
+            s["e"] = mu * s["e"] + (1 - mu) * g.square().sum()
+            m, e = s["m"] / (1 - mu**t), s["e"] / (1 - mu**t)
+            rho = (1 - mu) * (1 + mu**t) / ((1 + mu) * (1 - mu**t))
+            if t > 1:
+                r = m.square().sum() / e
+                s["gamma"] = s["gamma"] * torch.exp(kappa * (r - rho) / (1 - rho))
+            u = m / s["P"]
+            rms = u.square().mean().sqrt()
+            p.data -= lr * (s["gamma"] * u * min(1, 1 / rms) + decay * p.data)
+    assert_close(oracles.flat(mine.params), oracles.flat(theirs.params), 1e-10)
+
+
+def log_rates(gradients, momentum=0.9, adaptation=0.3):
+    """The logarithm of the rate after each of some gradients."""
+    state = {"step": 0, "energy": 0.0, "log_rate": 0.0}
+    group = {"momentum": momentum, "adaptation": adaptation}
+    mean, found = torch.zeros_like(gradients[0]), []
+    for g in gradients:
+        state["step"] += 1
+        mean = momentum * mean + (1 - momentum) * g
+        corrected = mean.norm() / (1 - momentum ** state["step"])
+        _rate(state, group, float(g.norm()), float(corrected))
+        found.append(state["log_rate"])
+    return torch.tensor(found, dtype=torch.float64)
+
+
+def test_the_rate_grows_while_gradients_agree():
+    """By the factor exp(0.3) a step, from the second on: the first one agrees with nothing."""
+    g = torch.randn(5, dtype=torch.float64)
+    assert_close(log_rates(g.expand(20, 5)), 0.3 * torch.arange(20, dtype=torch.float64), 1e-12)
+    assert log_rates(g.expand(200, 5))[-1] == math.log(1e4)  # up to a limit
+
+
+def test_the_rate_stays_under_noise_and_shrinks_where_gradients_turn():
+    torch.manual_seed(0)
+    noise = torch.randn(300, 10_000, dtype=torch.float64)
+    assert log_rates(noise).abs().max() < 0.05  # a random walk of standard deviation 0.01
+    turning = noise[0] * (-1) ** torch.arange(300).view(-1, 1)
+    assert log_rates(turning)[-1] < -4  # 0.3 * 0.053 a step
+
+
+def test_what_keeps_the_rate():
+    g = torch.ones(50, 3, dtype=torch.float64)
+    assert log_rates(g, adaptation=0.0)[-1] == 0
+    assert log_rates(g, momentum=0.0)[-1] == 0
+    assert log_rates(torch.zeros(50, 3))[-1] == 0
