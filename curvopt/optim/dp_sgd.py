@@ -24,6 +24,7 @@ from curvopt.privacy.accounting import Accountant, PrivacyLedger, PrivacyReport
 from curvopt.privacy.checks import require
 from curvopt.privacy.clipping import QuantileClipping
 from curvopt.privacy.noise import GaussianNoise
+from curvopt.privacy.ranks import Ranks
 from curvopt.privacy.sampling import PoissonBatchSampler, SamplerKind, sampling_of
 from curvopt.privacy.schedules import Schedule, value_at
 from curvopt.quantities import ClippedGradSum, Quantity
@@ -70,6 +71,7 @@ class PrivateOptimizer(EngineOptimizer):
         num_samples: int | None = None,
         generator: Generator | None = None,
         secure_noise: bool = False,
+        process_group: Any = None,
         batch_size: int | None = None,
         reduction: str | None = None,
     ):
@@ -90,6 +92,7 @@ class PrivateOptimizer(EngineOptimizer):
         self.norms: Tensor | None = None
         self.nonfinite_samples = 0
         self._noise = GaussianNoise(generator, secure=secure_noise)
+        self._ranks = Ranks(process_group)
         self._sizes = (-1, 0)  # of the last logical batch, and how often in a row
 
     def _move(self, group: dict[str, Any], params: list[Tensor]) -> None:
@@ -152,7 +155,8 @@ class PrivateOptimizer(EngineOptimizer):
         (batch,) = self.collected
         sums, norms = batch["sums"], batch["norms"]
         sigma, norm = self._sigma, self._clip.max_norm
-        self.norms = torch.cat([part.to(norms[0].device) for part in norms])
+        self._ranks.check_same(list(self._parameters()))
+        self.norms = self._ranks.collect(torch.cat([part.to(norms[0].device) for part in norms]))
         self._check_sizes(len(self.norms))
         quantile = self.max_grad_norm if isinstance(self.max_grad_norm, QuantileClipping) else None
         if quantile:
@@ -164,16 +168,19 @@ class PrivateOptimizer(EngineOptimizer):
         self.nonfinite_samples += int((~self.norms.isfinite()).sum())
         if quantile:
             quantile.update(self.norms, self._noise)
+            quantile.max_grad_norm = self._ranks.value_of_first(quantile.max_grad_norm)
         for group, params in zip(self.param_groups, groups, strict=True):
             self._move(group, params)
 
     def _privatize(self, params: list[Tensor], sums: dict[Tensor, Tensor]) -> None:
         """``p.grad = (sum + N(0, std^2)) / B``, rounded to the parameter's dtype at the end."""
         totals = [sums[p].contiguous() if p in sums else _zeros(p) for p in params]
-        if self._std:
+        self._ranks.sum_on_first(totals)
+        if self._std and self._ranks.first:
             self._noise.add_to(totals, self._std, self.expected_batch_size)
         else:
             torch._foreach_div_(totals, self.expected_batch_size)
+        self._ranks.copy_from_first(totals)
         for p, grad in zip(params, totals, strict=True):
             p.grad = grad.to(p.dtype)
 
@@ -294,6 +301,8 @@ class DPSGD(PrivateOptimizer):
         generator: of the noise, to repeat a run; nothing else may draw from it. Default: the
             operating system's randomness, whose noise nobody can compute again.
         secure_noise: sums of four float64 draws, against attacks on floating point; slower.
+        process_group: where ``torch.distributed`` is initialized, the processes whose batches make
+            up one logical batch; all by default. See the note.
         batch_size: number of samples, where the model's first op and the loss do not tell.
         reduction: ``"mean"`` or ``"sum"``: how a loss written by hand is reduced over samples.
         foreach: as in `torch.optim.SGD`.
@@ -308,6 +317,10 @@ class DPSGD(PrivateOptimizer):
           micro-batches (`curvopt.privacy.micro_batches`): each has its own ``backward()`` in one
           closure, none is rescaled, noise is added once. A sample belongs in one of them only.
         * An empty batch is a step: noise alone, accounted.
+        * Data parallel: every process builds the same model, unwrapped, and the same optimizer, and
+          steps on its own samples, such as those of a ``PoissonBatchSampler`` with its ``rank``;
+          B is that of all processes together. Clipped sums are added up on the first process, which
+          adds the noise, once, and hands the result to all.
         * A sample whose gradient is not finite contributes nothing; see `nonfinite_samples`.
         * Not private: the loss that `step` returns, `norms`, `clip_fraction`, `nonfinite_samples`,
           and the state of the noise's generator in `state_dict`.
@@ -348,6 +361,7 @@ class DPSGD(PrivateOptimizer):
         num_samples: int | None = None,
         generator: Generator | None = None,
         secure_noise: bool = False,
+        process_group: Any = None,
         batch_size: int | None = None,
         reduction: str | None = None,
         foreach: bool | None = None,
@@ -370,6 +384,7 @@ class DPSGD(PrivateOptimizer):
             num_samples=num_samples,
             generator=generator,
             secure_noise=secure_noise,
+            process_group=process_group,
             batch_size=batch_size,
             reduction=reduction,
         )

@@ -120,7 +120,7 @@ class GaussianNoise:
 
     Args:
         generator: Makes a run repeatable: used as it is on its own device, and to seed the
-            generators of other devices. Give every process of a data-parallel run another seed.
+            generators of other devices.
             Default: the operating system's randomness. ``manual_seed`` has 32 bits on the CPU,
             which can be searched through: for a model to be published, keep the default.
         secure: See :func:`gaussian_noise`.
