@@ -23,7 +23,7 @@ from curvopt.privacy import (
 from tests import cases, oracles
 from tests.cases import Case, Problem
 from tests.oracles import assert_close
-from tests.zoo import plain
+from tests.zoo import hugging_face, plain
 
 INF = math.inf
 MODES = ["flat", "per_layer", "automatic"]
@@ -110,6 +110,28 @@ def test_a_sample_contributes_at_most_the_clipping_norm(model):
             torch.testing.assert_close(
                 whole - without, alone, rtol=0, atol=1e-6 * len(first(problem.x))
             )
+
+
+@pytest.mark.parametrize("name", hugging_face.MODELS)
+def test_a_sample_of_a_hugging_face_model_contributes_at_most_the_clipping_norm(name):
+    model, batch = hugging_face.MODELS[name].make()
+    params = list(model.parameters())
+
+    def total(rows, **options):
+        part = {key: value[rows] for key, value in batch.items()}
+        opt = private(params, max_grad_norm=0.1, batch_size=len(part["labels"]), **options)
+        opt.step(lambda: model(**part).loss)
+        found = flat(params)
+        opt.zero_grad()
+        return found
+
+    for clipping in MODES:
+        whole, without, alone = (
+            total(rows, clipping=clipping) for rows in (slice(None), slice(1, None), slice(1))
+        )
+        assert 0 < alone.norm() <= 0.1 * (1 + 1e-5)
+        assert (whole - without).norm() <= 0.1 * (1 + 1e-5)
+        torch.testing.assert_close(whole - without, alone, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("loss", cases.ANY)
