@@ -11,8 +11,8 @@ from torch import Generator, Tensor
 from curvopt.optim.base import EngineOptimizer
 from curvopt.quantities import DiagGGNExact, DiagGGNMC, Quantity
 
-# Logarithm of the largest rate: on a plane, gradients agree for ever.
-LARGEST = math.log(1e4)
+# Logarithm of the largest rate: on a plane, or in a long warm-up, gradients agree for ever.
+LARGEST = math.log(100)
 
 
 class DiagGGNOptimizer(EngineOptimizer):
@@ -241,7 +241,7 @@ def _rate(state: dict[str, Any], group: dict[str, Any], gradient: float, mean: f
     mu, t = group["momentum"], state["step"]
     energy = state["energy"] = mu * state["energy"] + (1 - mu) * gradient**2
     noise = (1 - mu) * (1 + mu**t) / ((1 + mu) * (1 - mu**t))
-    if 0 < energy < math.inf and noise < 1:
+    if 0 < energy < math.inf and noise < 1 and group["lr"] > 0:  # what stands still agrees
         signal = mean**2 * (1 - mu**t) / energy
         grown = state["log_rate"] + group["adaptation"] * (signal - noise) / (1 - noise)
         state["log_rate"] = min(grown, LARGEST)
