@@ -14,6 +14,9 @@ from curvopt.quantities import DiagGGNExact, DiagGGNMC, Quantity
 # Logarithm of the largest rate: on a plane, or in a long warm-up, gradients agree for ever.
 LARGEST = math.log(100)
 
+# Elements of a block: 256 KiB of float32.
+BLOCK = 1 << 16
+
 
 class DiagGGNOptimizer(EngineOptimizer):
     r"""Damped Newton steps with the GGN's diagonal, bounded, at a rate that finds itself.
@@ -199,9 +202,10 @@ def _measure(state: dict[str, Any], group: dict[str, Any], parts: list[Tensor]) 
     state["weight"] = 1 - decay * (1 - state["weight"])
     mean = h.mean() / state["weight"]
     shift = torch.where(mean > 0, damping * mean, damping)
-    inverse = torch.add(shift, h, alpha=1 / state["weight"]).reciprocal_()
-    # Without damping, an element without curvature has no Newton step: it stays.
-    state["inverse"] = inverse if damping else inverse.nan_to_num_(posinf=0)
+    inverse = state.setdefault("inverse", torch.empty_like(h))
+    torch.add(shift, h, alpha=1 / state["weight"], out=inverse).reciprocal_()
+    if not damping:  # an element without curvature has no Newton step: it stays
+        inverse.nan_to_num_(posinf=0)
 
 
 def _move(moving: list[tuple[Tensor, Tensor, dict[str, Any]]], group: dict[str, Any]) -> None:
@@ -212,28 +216,40 @@ def _move(moving: list[tuple[Tensor, Tensor, dict[str, Any]]], group: dict[str, 
     means = [state["momentum_buffer"] for _, _, state in moving]
     grads = [grad.to(m.dtype) for (_, grad, _), m in zip(moving, means, strict=True)]
     torch._foreach_lerp_(means, grads, 1 - momentum)
-    steps = torch._foreach_mul(means, [state["inverse"] for _, _, state in moving])
-    lengths = torch._foreach_norm([*steps, *grads, *means] if adapts else steps)
+    lengths = [_length(state["momentum_buffer"], state["inverse"]) for _, _, state in moving]
+    if adapts:
+        lengths += torch._foreach_norm([*grads, *means])
     # Fetched from their device at once.
     numbers = torch.stack([length.to(lengths[0].device) for length in lengths]).tolist()
-    for index, ((p, _, state), u) in enumerate(zip(moving, steps, strict=True)):
+    for index, (p, _, state) in enumerate(moving):
         state["step"] += 1
         correction = 1 / (1 - momentum ** state["step"])
         length = numbers[index] * correction
         factor = float(group["lr"]) * correction
         if adapts:
-            gradient, mean = numbers[index + len(steps)], numbers[index + 2 * len(steps)]
+            gradient, mean = numbers[index + len(means)], numbers[index + 2 * len(means)]
             factor *= _rate(state, group, gradient, mean * correction)
-        bound = group["max_step"] * u.numel() ** 0.5
+        bound = group["max_step"] * p.numel() ** 0.5
         if length > bound:
             factor *= bound / length
         if group["weight_decay"]:
             p.mul_(1 - float(group["lr"]) * group["weight_decay"])
         factor = factor if group["maximize"] else -factor
-        if u.dtype == p.dtype:
-            p.add_(u, alpha=factor)
+        m, inverse = state["momentum_buffer"], state["inverse"]
+        if m.dtype == p.dtype:
+            p.addcmul_(m, inverse, value=factor)
         else:
-            p.add_(u.mul_(factor).to(p.dtype))
+            p.add_((m * inverse).mul_(factor).to(p.dtype))
+
+
+def _length(a: Tensor, b: Tensor) -> Tensor:
+    """Norm of the elementwise product, which on a CPU costs less in blocks than whole."""
+    if a.device.type != "cpu" or a.numel() <= BLOCK or not a.is_contiguous():
+        return torch.linalg.vector_norm(a * b)
+    scratch = a.new_empty(BLOCK)  # large fresh memory is slow: the system clears it page by page
+    pairs = zip(a.view(-1).split(BLOCK), b.view(-1).split(BLOCK), strict=True)
+    parts = [torch.mul(x, y, out=scratch[: len(x)]).norm() for x, y in pairs]
+    return torch.linalg.vector_norm(torch.stack(parts))
 
 
 def _rate(state: dict[str, Any], group: dict[str, Any], gradient: float, mean: float) -> float:
