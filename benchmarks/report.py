@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import math
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -99,6 +100,11 @@ class Runs:
 
     def to_target(self, unit: str, **wanted: Any) -> list[float]:
         return [self.reach(r, unit) for r in self.select(**wanted)]
+
+    def tried(self, problem: str) -> int:
+        """How many learning rates every method was given to tune."""
+        trials = self.select(problem=problem, track="trial")
+        return max(Counter(r["method"] for r in trials).values(), default=0)
 
     def cost(self, problem: str, method: str) -> float:
         """Seconds per step as a ratio to SGD's in the same turn, median over seeds and tracks."""
@@ -201,6 +207,9 @@ def page(runs: Runs) -> str:
         f"Targets (validation accuracy; {SLACK:g} times the error that three of four runs of both "
         f"{' and '.join(REFERENCES)} reach): {targets}.",
     ]
+    if runs.select(track="trial"):
+        tried = ", ".join(f"{TRAINING[p].title} {runs.tried(p)}" for p in runs.problems)
+        parts.append(f"Learning rates tried for each optimizer of the tuned track: {tried}.")
     for name, table in tables(runs).items():
         kind, _, track = name.partition("-")
         parts += [f"## {headings[kind]}" + (f": {TRACKS[track]}" if track else ""), table]

@@ -28,4 +28,4 @@ class Reduction(Loss):
         )
 
     def apply_root(self, coefficients: Tensor) -> Tensor:
-        raise NotImplementedError
+        raise NotImplementedError  # never asked: `curvature` comes first

@@ -107,11 +107,10 @@ class KFLR(Quantity):
         return before.added(part) if before else before
 
 
-def _fits(weight: Structure, bias: Tensor) -> bool:
+def _fits(weight: Outer | Conv, bias: Tensor) -> bool:
     """One bias per output, and a matrix whose inputs come last."""
-    ungrouped = weight.groups == 1  # type: ignore[attr-defined]
-    plain = not getattr(weight, "transposed", False)
-    return ungrouped and plain and bias.shape == weight.shape[:1]
+    plain = isinstance(weight, Conv) or not weight.transposed
+    return weight.groups == 1 and plain and bias.shape == weight.shape[:1]
 
 
 class KFAC(_Sketch, KFLR):
