@@ -35,8 +35,8 @@ class EngineOptimizer(torch.optim.Optimizer):
     ``"engine"``, so that a resumed run goes on bit for bit. Without a generator of its own an
     optimizer draws from torch's global one: save ``torch.get_rng_state()`` with the checkpoint.
 
-    Gradients are those of this process: with several processes, average ``p.grad`` in the closure
-    (``DistributedDataParallel``'s hooks do not see a recorded backward pass).
+    Gradients and quantities are those of this process; the private optimizers alone combine those
+    of several (``DistributedDataParallel``'s hooks do not see a recorded backward pass).
 
     Args:
         params: parameters, (name, parameter) pairs, or parameter groups.
@@ -141,7 +141,8 @@ class EngineOptimizer(torch.optim.Optimizer):
 
         Raises:
             CurvoptError: the closure returns no loss, the loss is not finite, a backward pass went
-                unrecorded, ...; parameters, gradients and state are as before.
+                unrecorded, ...; parameters, gradients and state are as before. (Private optimizers
+                let go of the gradients, which are those of the step before.)
         """
         before = list(self.collected), self._recorded
         grads = left = None

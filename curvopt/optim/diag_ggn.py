@@ -32,10 +32,11 @@ class DiagGGNOptimizer(EngineOptimizer):
         \gamma &\leftarrow \gamma \exp \Bigl(\kappa \frac{r - \rho}{1 - \rho}\Bigr), \qquad
         r = \|\hat m\|^2 / \hat e, \qquad
         \rho = \frac{(1 - \mu)(1 + \mu^t)}{(1 + \mu)(1 - \mu^t)} \\
-        \theta &\leftarrow \theta - \mathrm{lr} \, (\gamma u \min(1, 1 / \operatorname{rms}(u))
-            + \lambda \theta)
+        \theta &\leftarrow \theta - \mathrm{lr} \,
+            (\gamma u \min(1, \mathrm{max\_step} / \operatorname{rms}(u)) + \lambda \theta)
 
-    where the hats are bias corrections and gamma starts at 1. Why each part is there:
+    where the hats are bias corrections and gamma starts at 1 and is 100 at most. Why each part
+    is there:
 
     * D is a *sketch*: one more backward column gives an unbiased estimate, and every
       `curvature_every` steps is often enough, so that a step costs about as much as Adam's.
@@ -68,7 +69,7 @@ class DiagGGNOptimizer(EngineOptimizer):
         curvature_decay: :math:`\beta`, per measurement. Default 0.95.
         max_step: the largest root mean square of u. Default 1; infinite: no bound.
         adaptation: :math:`\kappa`, how fast the rate adapts: at most by the factor
-            :math:`e^\kappa` a step. Default 0.3; 0 keeps lr as it is.
+            :math:`e^\kappa` a step. Default 0.3; 0 keeps the rate as it is.
         weight_decay: :math:`\lambda`, decoupled as in AdamW. Default 0.
         curvature_every: steps from one measurement of D to the next; more at the beginning, at
             steps 0, 1, 2, 4, 8 and so on. Default 10.
@@ -184,7 +185,7 @@ class DiagGGNOptimizer(EngineOptimizer):
                 if not state:
                     buffer = torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32))
                     state.update(step=0, weight=0.0, momentum_buffer=buffer)
-                    state.update(curvature=torch.zeros_like(buffer), energy=0.0, log_rate=0.0)
+                    state["curvature"] = torch.zeros_like(buffer)
                 parts = [part[p] for part in measured if p in part]
                 if parts:
                     _measure(state, group, parts)
@@ -202,7 +203,9 @@ def _measure(state: dict[str, Any], group: dict[str, Any], parts: list[Tensor]) 
     state["weight"] = 1 - decay * (1 - state["weight"])
     mean = h.mean() / state["weight"]
     shift = torch.where(mean > 0, damping * mean, damping)
-    inverse = state.setdefault("inverse", torch.empty_like(h))
+    if "inverse" not in state:
+        state["inverse"] = torch.empty_like(h)
+    inverse = state["inverse"]
     torch.add(shift, h, alpha=1 / state["weight"], out=inverse).reciprocal_()
     if not damping:  # an element without curvature has no Newton step: it stays
         inverse.nan_to_num_(posinf=0)
@@ -228,7 +231,8 @@ def _move(moving: list[tuple[Tensor, Tensor, dict[str, Any]]], group: dict[str, 
         factor = float(group["lr"]) * correction
         if adapts:
             gradient, mean = numbers[index + len(means)], numbers[index + 2 * len(means)]
-            factor *= _rate(state, group, gradient, mean * correction)
+            _adapt(state, group, gradient, mean * correction)
+        factor *= math.exp(state.get("log_rate", 0.0))
         bound = group["max_step"] * p.numel() ** 0.5
         if length > bound:
             factor *= bound / length
@@ -244,7 +248,11 @@ def _move(moving: list[tuple[Tensor, Tensor, dict[str, Any]]], group: dict[str, 
 
 def _length(a: Tensor, b: Tensor) -> Tensor:
     """Norm of the elementwise product, which on a CPU costs less in blocks than whole."""
-    if a.device.type != "cpu" or a.numel() <= BLOCK or not a.is_contiguous():
+    if (
+        a.device.type != "cpu"
+        or a.numel() <= BLOCK
+        or not (a.is_contiguous() and b.is_contiguous())
+    ):
         return torch.linalg.vector_norm(a * b)
     scratch = a.new_empty(BLOCK)  # large fresh memory is slow: the system clears it page by page
     pairs = zip(a.view(-1).split(BLOCK), b.view(-1).split(BLOCK), strict=True)
@@ -252,13 +260,15 @@ def _length(a: Tensor, b: Tensor) -> Tensor:
     return torch.linalg.vector_norm(torch.stack(parts))
 
 
-def _rate(state: dict[str, Any], group: dict[str, Any], gradient: float, mean: float) -> float:
+def _adapt(state: dict[str, Any], group: dict[str, Any], gradient: float, mean: float) -> None:
     """Adapt the rate to the share of signal, given the lengths of g and of its corrected mean."""
     mu, t = group["momentum"], state["step"]
-    energy = state["energy"] = mu * state["energy"] + (1 - mu) * gradient**2
+    # Its own weight: adaptation may have been off for a while.
+    state["energy"] = mu * state.get("energy", 0.0) + (1 - mu) * gradient**2
+    state["energy_weight"] = mu * state.get("energy_weight", 0.0) + 1 - mu
+    energy = state["energy"] / state["energy_weight"]
     noise = (1 - mu) * (1 + mu**t) / ((1 + mu) * (1 - mu**t))
     if 0 < energy < math.inf and noise < 1 and group["lr"] > 0:  # what stands still agrees
-        signal = mean**2 * (1 - mu**t) / energy
-        grown = state["log_rate"] + group["adaptation"] * (signal - noise) / (1 - noise)
-        state["log_rate"] = min(grown, LARGEST)
-    return math.exp(state["log_rate"])
+        signal = min(1.0, mean**2 / energy)
+        grown = group["adaptation"] * (signal - noise) / (1 - noise)
+        state["log_rate"] = min(state.get("log_rate", 0.0) + grown, LARGEST)

@@ -19,13 +19,13 @@ from torch.utils.data import DataLoader
 from curvopt.engine.compute import Computation
 from curvopt.engine.tape import Tape
 from curvopt.errors import CurvoptError
-from curvopt.optim.base import EngineOptimizer
+from curvopt.optim.base import Closure, EngineOptimizer
 from curvopt.privacy.accounting import Accountant, PrivacyLedger, PrivacyReport
 from curvopt.privacy.checks import require
 from curvopt.privacy.clipping import QuantileClipping
 from curvopt.privacy.noise import GaussianNoise
 from curvopt.privacy.ranks import Ranks
-from curvopt.privacy.sampling import PoissonBatchSampler, SamplerKind, sampling_of
+from curvopt.privacy.sampling import PoissonBatchSampler, SamplerKind, check_ranks, sampling_of
 from curvopt.privacy.schedules import Schedule, value_at
 from curvopt.quantities import ClippedGradSum, Quantity
 
@@ -93,6 +93,8 @@ class PrivateOptimizer(EngineOptimizer):
         self.nonfinite_samples = 0
         self._noise = GaussianNoise(generator, secure=secure_noise)
         self._ranks = Ranks(process_group)
+        self._met = self._agreed = False
+        check_ranks(sampler, *self._ranks.place)
         self._sizes = (-1, 0)  # of the last logical batch, and how often in a row
 
     def _move(self, group: dict[str, Any], params: list[Tensor]) -> None:
@@ -155,22 +157,55 @@ class PrivateOptimizer(EngineOptimizer):
         (batch,) = self.collected
         sums, norms = batch["sums"], batch["norms"]
         sigma, norm = self._sigma, self._clip.max_norm
-        self._ranks.check_same(list(self._parameters()))
-        self.norms = self._ranks.collect(torch.cat([part.to(norms[0].device) for part in norms]))
+        self.norms = self._meet(torch.cat([part.to(norms[0].device) for part in norms]))
         self._check_sizes(len(self.norms))
         quantile = self.max_grad_norm if isinstance(self.max_grad_norm, QuantileClipping) else None
         if quantile:
             sigma = quantile.gradient_noise_multiplier(sigma)
         self._std = sigma and sigma * norm
         groups = [[p for p in group["params"] if p.requires_grad] for group in self.param_groups]
-        self._privatize([p for params in groups for p in params], sums)
-        self.ledger.log(self._sigma, self.sample_rate, sampler=self.sampler, max_grad_norm=norm)
-        self.nonfinite_samples += int((~self.norms.isfinite()).sum())
-        if quantile:
-            quantile.update(self.norms, self._noise)
-            quantile.max_grad_norm = self._ranks.value_of_first(quantile.max_grad_norm)
-        for group, params in zip(self.param_groups, groups, strict=True):
-            self._move(group, params)
+        try:
+            self._privatize([p for params in groups for p in params], sums)
+            self.ledger.log(self._sigma, self.sample_rate, sampler=self.sampler, max_grad_norm=norm)
+            self.nonfinite_samples += int((~self.norms.isfinite()).sum())
+            if quantile:
+                quantile.update(self.norms, self._noise)
+                quantile.max_grad_norm = self._ranks.value_of_first(quantile.max_grad_norm)
+            for group, params in zip(self.param_groups, groups, strict=True):
+                self._move(group, params)
+        except BaseException:
+            self.zero_grad()  # the sums are used up
+            raise
+
+    def _meet(self, norms: Tensor) -> Tensor:
+        """The norms of all processes, once they agree on the step."""
+        self._met = True
+        if not self._ranks.many:
+            return norms
+        settings = {
+            "steps taken": self.ledger.steps,
+            "noise_multiplier": self._sigma,
+            "max_grad_norm": self._clip.max_norm,
+            "expected_batch_size": self.expected_batch_size,
+            "clipping": self.clipping,
+            "sampling": (self.sampler, self.sample_rate),
+        }
+        if not self._agreed:  # later steps are the same for all
+            settings["the parameters' sum"] = sum(
+                float(p.double().sum()) for p in self._parameters()
+            )
+        everybody = self._ranks.meet(settings, norms)
+        self._agreed = True
+        return everybody
+
+    def step(self, closure: Closure | None = None) -> Any:  # noqa: D102 (as in the base)
+        self._met = False
+        try:
+            return super().step(closure)
+        except Exception:
+            if not self._met:
+                self._ranks.fail()  # the others are waiting
+            raise
 
     def _privatize(self, params: list[Tensor], sums: dict[Tensor, Tensor]) -> None:
         """``p.grad = (sum + N(0, std^2)) / B``, rounded to the parameter's dtype at the end."""
@@ -235,7 +270,8 @@ class PrivateOptimizer(EngineOptimizer):
         clip = self.max_grad_norm
         privacy = {
             "ledger": self.ledger.state_dict(),
-            "noise": self._noise.state_dict(),
+            # Others than the first process draw none.
+            "noise": self._noise.state_dict() if self._ranks.first else None,
             "clipping": clip.state_dict() if isinstance(clip, QuantileClipping) else {},
         }
         return super().state_dict() | {"privacy": privacy}
@@ -251,10 +287,16 @@ class PrivateOptimizer(EngineOptimizer):
                 "the state has no privacy ledger, so what was spent before is unknown: load a "
                 f"state of {type(self).__name__}"
             )
-        super().load_state_dict(state_dict)
         privacy = state_dict["privacy"]
+        if privacy["noise"] is None and self._ranks.first:
+            raise CurvoptError(
+                "the state is that of another process than the first, so the noise would start "
+                "over: load the one that the first process saved"
+            )
+        super().load_state_dict(state_dict)
+        self._agreed = False
         self.ledger.load_state_dict(privacy["ledger"])
-        self._noise.load_state_dict(privacy["noise"])
+        self._noise.load_state_dict(privacy["noise"] or {})
         if isinstance(self.max_grad_norm, QuantileClipping):
             self.max_grad_norm.load_state_dict(privacy["clipping"])
 
@@ -517,11 +559,13 @@ class PrivateTape(Tape):
         return result
 
     def _before(self, module: nn.Module, args: Any) -> None:
-        named = module.named_buffers(recurse=False)
-        self.buffers.append([(name, buffer, buffer._version) for name, buffer in named])
+        held = module._buffers.items()
+        self.buffers.append([(name, b, b._version) for name, b in held if b is not None])
 
     def _after(self, module: nn.Module, args: Any, output: Any) -> None:
         before = self.buffers.pop()
+        if not before:
+            return
         given = [value for value in args if isinstance(value, Tensor)]
         if given and all(self.is_shared(value) for value in given):
             return  # it saw parameters alone (spectral norm, say), and those are not secret
@@ -549,4 +593,5 @@ def _check_norm(norm: float, clipping: str) -> float:
 
 def _zeros(p: Tensor) -> Tensor:
     """The sum for a parameter that took no part."""
-    return torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32))
+    dtype = torch.promote_types(p.dtype, torch.float32)
+    return torch.zeros_like(p, dtype=dtype, memory_format=torch.contiguous_format)

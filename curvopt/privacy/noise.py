@@ -169,8 +169,9 @@ class GaussianNoise:
         def work(mine: list[Tensor], stream: torch.Generator) -> None:
             scratch = None  # one for all pieces: it stays in the cache
             for piece in mine:
-                if scratch is None or len(scratch) < len(piece):
-                    scratch = piece.new_empty(len(piece), dtype=noise_dtype(piece, self.secure))
+                dtype = noise_dtype(piece, self.secure)
+                if scratch is None or len(scratch) < len(piece) or scratch.dtype != dtype:
+                    scratch = piece.new_empty(len(piece), dtype=dtype)
                 noise = _fill(scratch[: len(piece)], std / size, stream, self.secure)
                 torch.add(noise, piece, alpha=1 / size, out=piece)
 

@@ -219,6 +219,34 @@ def sampling_of(
     return kind, sample_rate, num_samples
 
 
+def check_ranks(source: Any, rank: int, size: int) -> None:
+    """Refuse a sampler that would give one sample to several processes of a logical batch.
+
+    Args:
+        source: What draws the batches, or its kind.
+        rank: This process's number.
+        size: The number of processes.
+
+    Raises:
+        CurvoptError: The sampler does not know of the processes.
+    """
+    if size == 1 or isinstance(source, str):
+        return
+    batches = source if isinstance(source, PoissonBatchSampler) else source.batch_sampler
+    if not isinstance(batches, PoissonBatchSampler):
+        raise CurvoptError(
+            f"Invalid sampling: {size} processes make up one logical batch, and nothing shows that "
+            "this loader keeps to its own samples. Use PoissonBatchSampler(..., rank=, "
+            "num_replicas=), or say sampler='shuffle' or 'none' where each sample has one process"
+        )
+    if (batches.rank, batches.num_replicas) != (rank, size):
+        raise CurvoptError(
+            f"Invalid sampling: this is process {rank} of {size} that make up one logical batch, "
+            f"and its sampler is number {batches.rank} of {batches.num_replicas}: give "
+            f"PoissonBatchSampler rank={rank} and num_replicas={size}"
+        )
+
+
 class EmptyBatchCollate:
     """A collate function that turns no samples into tensors of length 0.
 

@@ -7,9 +7,10 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import multiprocessing, nn
+from torch.utils.data import DataLoader, TensorDataset
 
 import curvopt
-from curvopt.privacy import QuantileClipping
+from curvopt.privacy import PoissonBatchSampler, QuantileClipping
 from tests.oracles import assert_close
 
 WORLD = 2
@@ -54,12 +55,54 @@ def noise(rank):
     return torch.cat([p.grad.flatten() for p in model.parameters()])
 
 
-def different_weights(rank):
-    model, opt = setup(seed=rank)
+def refused(start):
+    """The message of an error."""
     try:
-        train(model, opt, rank)
-    except curvopt.CurvoptError as error:
+        start()
+    except (curvopt.CurvoptError, RuntimeError) as error:
         return str(error)
+
+
+def fails_on_one(rank):
+    """A step that only the second process cannot take, and one that both can."""
+    model, opt = setup()
+    x, y = torch.randn(3, 4, dtype=torch.float64), torch.zeros(3, dtype=torch.int64)
+
+    def closure():
+        if rank == 1:
+            raise RuntimeError("out of data")
+        return F.cross_entropy(model(x), y)
+
+    message = refused(lambda: opt.step(closure))
+    opt.zero_grad()
+    opt.step(lambda: F.cross_entropy(model(x), y))
+    return message, opt.ledger.steps
+
+
+def channels_last(rank):
+    """An empty batch on one process, and parameters whose memory is in another order."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(2, 3, 2), nn.Flatten(), nn.Linear(12, 3)).double()
+    model = model.to(memory_format=torch.channels_last)
+    settings = {"noise_multiplier": 1.0, "max_grad_norm": CLIP, "expected_batch_size": EXPECTED}
+    opt = curvopt.DPSGD(model.parameters(), 0.1, **settings)
+    for sizes in ((2, 0), (0, 2)):
+        x = torch.randn(sizes[rank], 2, 3, 3, dtype=torch.float64)
+        y = torch.zeros(sizes[rank], dtype=torch.int64)
+        opt.step(lambda x=x, y=y: F.cross_entropy(model(x), y))
+    return [p.detach().clone() for p in model.parameters()]
+
+
+def refusals(rank):
+    """What processes must agree on."""
+    sampler = PoissonBatchSampler(100, expected_batch_size=EXPECTED)
+    loader = DataLoader(TensorDataset(torch.zeros(8, 4)), batch_size=2, shuffle=True)
+    return {
+        "start": refused(lambda: train(*setup(seed=rank), rank)),
+        "norm": refused(lambda: train(*setup(max_grad_norm=1.0 + rank), rank)),
+        "sampler": refused(lambda: setup(sampler=sampler)),
+        "loader": refused(lambda: setup(sampler=loader)),
+    }
 
 
 def work(rank, folder):
@@ -74,7 +117,10 @@ def work(rank, folder):
             *setup(noise_multiplier=1.0, max_grad_norm=quantile(), generator=generator), rank
         ),
         "noise": noise(rank),
-        "refused": different_weights(rank),
+        "refused": refusals(rank),
+        "failure": fails_on_one(rank),
+        "channels_last": channels_last(rank),
+        "state": setup(noise_multiplier=1.0)[1].state_dict(),
     }
     torch.save(results, f"{folder}/{rank}")
     dist.barrier()
@@ -113,5 +159,29 @@ def test_noise_is_added_once(ranks):
     assert abs(float(first.std()) / expected - 1) < error
 
 
-def test_processes_that_start_from_different_weights_are_refused(ranks):
-    assert all("start from different parameters" in result["refused"] for result in ranks)
+def test_memory_format_and_empty_batches(ranks):
+    first, second = (result["channels_last"] for result in ranks)
+    assert all(map(torch.equal, first, second))
+
+
+def test_a_step_that_fails_on_one_process_fails_on_all(ranks):
+    messages, steps = zip(*(result["failure"] for result in ranks), strict=True)
+    assert "failed on process 1" in messages[0]
+    assert messages[1] == "out of data"
+    assert steps == (1, 1)
+
+
+def test_processes_that_differ_are_refused(ranks):
+    for rank, result in enumerate(ranks):
+        messages = result["refused"]
+        assert "differ in the parameters" in messages["start"]
+        assert "differ in max_grad_norm: [1.0, 2.0]" in messages["norm"]
+        assert f"this is process {rank} of 2" in messages["sampler"]
+        assert "nothing shows that this loader keeps to its own samples" in messages["loader"]
+
+
+def test_the_state_to_load_is_that_of_the_first_process(ranks):
+    _, opt = setup(noise_multiplier=1.0)
+    opt.load_state_dict(ranks[0]["state"])
+    with pytest.raises(curvopt.CurvoptError, match="the one that the first process saved"):
+        opt.load_state_dict(ranks[1]["state"])

@@ -1,5 +1,6 @@
 """Settings at which an optimizer is another one, or solves the problem, to the last digits."""
 
+import itertools
 import math
 
 import pytest
@@ -8,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import curvopt
-from curvopt.optim.diag_ggn import _rate
+from curvopt.optim.diag_ggn import _adapt
 from tests import oracles
 from tests.cases import Case
 from tests.oracles import assert_close
@@ -101,15 +102,15 @@ def test_diag_ggn_is_its_formula():
 
 def log_rates(gradients, momentum=0.9, adaptation=0.3, lr=1.0):
     """The logarithm of the rate after each of some gradients."""
-    state = {"step": 0, "energy": 0.0, "log_rate": 0.0}
+    state = {"step": 0}
     group = {"momentum": momentum, "adaptation": adaptation, "lr": lr}
     mean, found = torch.zeros_like(gradients[0]), []
     for g in gradients:
         state["step"] += 1
         mean = momentum * mean + (1 - momentum) * g
         corrected = mean.norm() / (1 - momentum ** state["step"])
-        _rate(state, group, float(g.norm()), float(corrected))
-        found.append(state["log_rate"])
+        _adapt(state, group, float(g.norm()), float(corrected))
+        found.append(state.get("log_rate", 0.0))
     return torch.tensor(found, dtype=torch.float64)
 
 
@@ -134,3 +135,18 @@ def test_what_keeps_the_rate():
     assert log_rates(g, momentum=0.0)[-1] == 0
     assert log_rates(g, lr=0.0)[-1] == 0
     assert log_rates(torch.zeros(50, 3))[-1] == 0
+
+
+def test_adaptation_may_be_switched_on_and_off():
+    """Off, the rate stays; on again, it moves by at most exp(0.3) a step."""
+    problem = Case("mlp-tanh", "ce").build()
+    opt = curvopt.DiagGGNOptimizer(problem.params)
+    found = []
+    for kappa in [0.0] * 30 + [0.3] * 10 + [0.0] * 5:
+        opt.param_groups[0]["adaptation"] = kappa
+        opt.step(problem.loss)
+        found.append(opt.state[problem.params[0]].get("log_rate", 0.0))
+    steps = [after - before for before, after in itertools.pairwise(found)]
+    assert found[:30] == [0.0] * 30
+    assert 0 < max(steps) <= 0.3
+    assert found[-5:] == [found[-6]] * 5

@@ -134,3 +134,12 @@ def test_schedules():
 def test_bad_schedules_are_refused(wrong, message):
     with pytest.raises(CurvoptError, match=message):
         wrong()
+
+
+def test_each_dtype_has_noise_of_its_own_precision():
+    """Whatever was drawn before from the same stream."""
+    totals = [torch.zeros(16) for _ in range(8)]
+    totals += [torch.zeros(8, dtype=torch.float64) for _ in range(8)]
+    GaussianNoise(torch.Generator().manual_seed(0)).add_to(totals, std=1.0, size=1.0)
+    for total in totals[8:]:
+        assert (total != total.float()).any()
