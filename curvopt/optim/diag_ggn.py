@@ -219,19 +219,21 @@ def _move(moving: list[tuple[Tensor, Tensor, dict[str, Any]]], group: dict[str, 
     means = [state["momentum_buffer"] for _, _, state in moving]
     grads = [grad.to(m.dtype) for (_, grad, _), m in zip(moving, means, strict=True)]
     torch._foreach_lerp_(means, grads, 1 - momentum)
-    lengths = [_length(state["momentum_buffer"], state["inverse"]) for _, _, state in moving]
+    squares = [
+        _product_square(state["momentum_buffer"], state["inverse"]) for _, _, state in moving
+    ]
     if adapts:
-        lengths += torch._foreach_norm([*grads, *means])
+        squares += [_square(x) for x in (*grads, *means)]
     # Fetched from their device at once.
-    numbers = torch.stack([length.to(lengths[0].device) for length in lengths]).tolist()
+    numbers = torch.stack([square.to(squares[0].device) for square in squares]).tolist()
     for index, (p, _, state) in enumerate(moving):
         state["step"] += 1
         correction = 1 / (1 - momentum ** state["step"])
-        length = numbers[index] * correction
+        length = numbers[index] ** 0.5 * correction
         factor = float(group["lr"]) * correction
         if adapts:
             gradient, mean = numbers[index + len(means)], numbers[index + 2 * len(means)]
-            _adapt(state, group, gradient, mean * correction)
+            _adapt(state, group, gradient, mean * correction**2)
         factor *= math.exp(state.get("log_rate", 0.0))
         bound = group["max_step"] * p.numel() ** 0.5
         if length > bound:
@@ -246,29 +248,31 @@ def _move(moving: list[tuple[Tensor, Tensor, dict[str, Any]]], group: dict[str, 
             p.add_((m * inverse).mul_(factor).to(p.dtype))
 
 
-def _length(a: Tensor, b: Tensor) -> Tensor:
-    """Norm of the elementwise product, which on a CPU costs less in blocks than whole."""
-    if (
-        a.device.type != "cpu"
-        or a.numel() <= BLOCK
-        or not (a.is_contiguous() and b.is_contiguous())
-    ):
-        return torch.linalg.vector_norm(a * b)
+def _square(x: Tensor) -> Tensor:
+    """Squared norm; a norm would form squares too small to be normal numbers, which are slow."""
+    flat = x.reshape(-1)
+    return torch.dot(flat, flat)
+
+
+def _product_square(a: Tensor, b: Tensor) -> Tensor:
+    """Squared norm of the elementwise product, which on a CPU costs less in blocks than whole."""
+    plain = a.is_contiguous() and b.is_contiguous()
+    if a.device.type != "cpu" or a.numel() <= BLOCK or not plain:
+        return _square(a * b)
     scratch = a.new_empty(BLOCK)  # large fresh memory is slow: the system clears it page by page
     pairs = zip(a.view(-1).split(BLOCK), b.view(-1).split(BLOCK), strict=True)
-    parts = [torch.mul(x, y, out=scratch[: len(x)]).norm() for x, y in pairs]
-    return torch.linalg.vector_norm(torch.stack(parts))
+    return torch.stack([_square(torch.mul(x, y, out=scratch[: len(x)])) for x, y in pairs]).sum()
 
 
 def _adapt(state: dict[str, Any], group: dict[str, Any], gradient: float, mean: float) -> None:
-    """Adapt the rate to the share of signal, given the lengths of g and of its corrected mean."""
+    """Adapt the rate to the share of signal, given the squares of g and of its corrected mean."""
     mu, t = group["momentum"], state["step"]
     # Its own weight: adaptation may have been off for a while.
-    state["energy"] = mu * state.get("energy", 0.0) + (1 - mu) * gradient**2
+    state["energy"] = mu * state.get("energy", 0.0) + (1 - mu) * gradient
     state["energy_weight"] = mu * state.get("energy_weight", 0.0) + 1 - mu
     energy = state["energy"] / state["energy_weight"]
     noise = (1 - mu) * (1 + mu**t) / ((1 + mu) * (1 - mu**t))
     if 0 < energy < math.inf and noise < 1 and group["lr"] > 0:  # what stands still agrees
-        signal = min(1.0, mean**2 / energy)
+        signal = min(1.0, mean / energy)
         grown = group["adaptation"] * (signal - noise) / (1 - noise)
         state["log_rate"] = min(state.get("log_rate", 0.0) + grown, LARGEST)

@@ -108,8 +108,8 @@ def log_rates(gradients, momentum=0.9, adaptation=0.3, lr=1.0):
     for g in gradients:
         state["step"] += 1
         mean = momentum * mean + (1 - momentum) * g
-        corrected = mean.norm() / (1 - momentum ** state["step"])
-        _adapt(state, group, float(g.norm()), float(corrected))
+        corrected = mean / (1 - momentum ** state["step"])
+        _adapt(state, group, float(g @ g), float(corrected @ corrected))
         found.append(state.get("log_rate", 0.0))
     return torch.tensor(found, dtype=torch.float64)
 
