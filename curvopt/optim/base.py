@@ -79,7 +79,7 @@ class EngineOptimizer(torch.optim.Optimizer):
 
     def _forget(self) -> None:
         self.collected: list[Any] = []
-        self._left: dict[Tensor, tuple[Tensor, int]] = {}
+        self._left: list[tuple[Tensor, Tensor, int]] = []  # parameter, gradient, its version
         self._recorded = False
 
     # -- for subclasses ---------------------------------------------------------------------------
@@ -271,19 +271,18 @@ class EngineOptimizer(torch.optim.Optimizer):
 
     def _unchanged(self) -> bool:
         """Whether ``p.grad`` is as the last recorded pass or step left it."""
-        grads = {p: p.grad for p in self._parameters() if p.grad is not None}
-        left = self._left
-        return grads.keys() == left.keys() and all(
-            grad is left[p][0] and grad._version == left[p][1] for p, grad in grads.items()
+        grads = [(p, p.grad) for p in self._parameters() if p.grad is not None]
+        return len(grads) == len(self._left) and all(
+            p is q and grad is left and grad._version == version
+            for (p, grad), (q, left, version) in zip(grads, self._left, strict=True)
         )
 
     def _note(self, *, recorded: bool) -> None:
         """Remember ``p.grad`` as it is: what changes it from now on went unrecorded."""
         self._recorded = recorded
         grads = ((p, p.grad) for p in self._parameters())
-        self._left = {p: (grad, grad._version) for p, grad in grads if grad is not None}
+        self._left = [(p, grad, grad._version) for p, grad in grads if grad is not None]
 
-    @torch.no_grad()
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Reset the gradients, and what was recorded with them.
 
