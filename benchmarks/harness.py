@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.profiler import ProfilerActivity, profile
+from torch.profiler import ProfilerActivity, profile, record_function
 
 RESULTS = Path(__file__).parent / "results"
 LIBRARIES = (
@@ -31,6 +31,7 @@ LIBRARIES = (
 )
 SLICE = 0.02  # seconds: a shorter variant is repeated within its turn until it fills one slice
 WARMUP = 2
+SECOND = "second call"  # mark in a profile
 
 Variant = Callable[[], Any]  # one call is what is timed
 Start = Callable[[], Variant]  # builds a variant with all that it needs
@@ -133,35 +134,45 @@ def _timed(run: Variant, repeats: int, device: torch.device) -> float:
     return (time.perf_counter() - start) / repeats
 
 
-def peak_memory(start: Start, device: torch.device) -> int:
+def peak_memory(start: Start, device: torch.device, *, later: bool = False) -> int:
     """Bytes at the peak of everything a variant holds: weights, batch, state and work.
 
     Counted by PyTorch's own allocator from before the variant is built to the end of its second
     call: on a GPU by its peak statistics, on a CPU from every allocation and release that the
     profiler sees. Memory that a math library takes from the system by itself is in neither.
+
+    Args:
+        start: Builds the variant.
+        device: Where it runs.
+        later: The peak of the second call alone, when what is done once has been done.
     """
     gc.collect()
     if device.type == "cuda":
         synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
-        _twice(start)
+        run = start()
+        run()
+        if later:
+            synchronize(device)
+            torch.cuda.reset_peak_memory_stats(device)
+        run()
         synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        _twice(start)
-    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+        run = start()
+        run()
+        with record_function(SECOND):
+            run()
+    events = sorted(profiler.profiler.kineto_results.events(), key=lambda e: e.start_ns())
+    begin = next(e.start_ns() for e in events if e.name() == SECOND) if later else 0
     held = peak = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        held += event.nbytes()
-        peak = max(peak, held)
+    for event in events:
+        if event.name() == "[memory]":
+            before, held = held, held + event.nbytes()
+            if event.start_ns() >= begin:
+                peak = max(peak, before, held)
     return peak
-
-
-def _twice(start: Start) -> None:
-    run = start()
-    run()
-    run()
 
 
 def measure(
@@ -169,6 +180,7 @@ def measure(
 ) -> dict[str, dict[str, Any]]:
     """Time and peak memory of each variant, and both as a ratio to the variant `base`."""
     peaks = {name: peak_memory(start, device) for name, start in starts.items()}
+    later = {name: peak_memory(start, device, later=True) for name, start in starts.items()}
     times = interleave({name: start() for name, start in starts.items()}, rounds, device)
     return {
         name: {
@@ -176,6 +188,7 @@ def measure(
             "ratio": statistics.median(ratios(times, name, base)),
             "peak_bytes": peaks[name],
             "peak_ratio": peaks[name] / peaks[base],
+            "later_peak_ratio": later[name] / later[base],
             "times": times[name],
         }
         for name in starts

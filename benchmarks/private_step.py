@@ -159,6 +159,7 @@ def report(result: dict[str, Any]) -> str:
                 *(f"{cell['ratio']:.2f}" if cell else "" for cell in cells),
                 f"{of_theirs:.2f}" if of_theirs else "",
                 *(f"{cell['peak_ratio']:.2f}" if cell else "" for cell in cells),
+                f"{mine['later_peak_ratio']:.2f}" if mine else "",
                 f"{allowed:g}, {RIVAL:g}, {MEMORY:g}",
                 "" if mine is None else "misses " + ", ".join(missed) if missed else "met",
             ]
@@ -167,6 +168,7 @@ def report(result: dict[str, Any]) -> str:
     header = [
         *("problem", "SGD step", OURS, ROWS, GHOST, "curvopt / better Opacus"),
         *(f"memory, {library}" for library in (OURS, ROWS, GHOST)),
+        f"after the first step, {OURS}",
         *("target: steps, of Opacus, memory", ""),
     ]
     return "\n\n".join(

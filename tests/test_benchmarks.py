@@ -81,6 +81,19 @@ def test_peak_memory_is_what_was_held_at_once():
     assert harness.peak_memory(start, CPU) == 4 * (1000 + 500)
 
 
+def test_peak_memory_of_later_calls():
+    def start():
+        held, calls = torch.empty(1000), []
+
+        def run():
+            calls.append(len(held) + len(torch.empty(500 if calls else 2000)))
+
+        return run
+
+    assert harness.peak_memory(start, CPU) == 4 * (1000 + 2000)
+    assert harness.peak_memory(start, CPU, later=True) == 4 * (1000 + 500)
+
+
 def test_every_round_times_every_variant():
     calls = []
     variants = {name: lambda name=name: calls.append(name) for name in "abc"}
