@@ -203,7 +203,8 @@ def ratios(times: dict[str, list[float]], name: str, base: str) -> list[float]:
 def sentence(machine: dict[str, Any]) -> str:
     """Where and with what, for a reader."""
     versions = ", ".join(f"{name} {v}" for name, v in machine["versions"].items() if v)
-    device = machine["gpu"] or f"{machine['cpu']}, {machine['threads']} threads"
+    threads = machine["threads"]
+    device = machine["gpu"] or f"{machine['cpu']}, {threads} thread{'s' * (threads > 1)}"
     return f"{device}; Python {machine['python']}, {versions}; {machine['date']}."
 
 
