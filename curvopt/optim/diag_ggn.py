@@ -200,6 +200,9 @@ def _measure(state: dict[str, Any], group: dict[str, Any], parts: list[Tensor]) 
     for part in parts[1:]:  # of several backward passes in one step
         total = total + part
     h.lerp_(total.to(h.dtype), 1 - decay)
+    # What fades away without gradients ends as denormal numbers, which are slow, and stays so.
+    m, info = state["momentum_buffer"], torch.finfo(h.dtype)
+    torch.hardshrink(m, info.tiny / info.eps, out=m)
     state["weight"] = 1 - decay * (1 - state["weight"])
     mean = h.mean() / state["weight"]
     shift = torch.where(mean > 0, damping * mean, damping)
