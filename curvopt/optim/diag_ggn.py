@@ -94,9 +94,9 @@ class DiagGGNOptimizer(EngineOptimizer):
         >>> loss = opt.step(lambda: torch.nn.functional.cross_entropy(model(x), y))
 
     Note:
-        Measured with the defaults on MNIST, batches of 128: an MLP 784-1000-500-100-10 reaches
-        97.9 % of the validation images in two epochs (Adam 96.9 %, SGD with momentum 97.0 %), and
-        logistic regression 89 % in half of the steps of the latter, a sixth of the former.
+        Measured with the defaults on MNIST, batches of 128, medians of three seeds: after two
+        epochs an MLP 784-1000-500-100-10 has 97.9 % of the test images right (Adam 97.2 %, SGD with
+        momentum 97.1 %); logistic regression reaches 88.6 % in 63 steps (357, 105).
 
     References:
         Dangel, Kunstner and Hennig 2020, "BackPACK", arXiv 1912.10985 (the damped step); Liu et
