@@ -202,10 +202,11 @@ def _measure(state: dict[str, Any], group: dict[str, Any], parts: list[Tensor]) 
     h.lerp_(total.to(h.dtype), 1 - decay)
     # What fades away without gradients ends as denormal numbers, which are slow, and stays so.
     m, info = state["momentum_buffer"], torch.finfo(h.dtype)
-    torch.hardshrink(m, info.tiny / info.eps, out=m)
+    nothing = info.tiny / info.eps
+    torch.hardshrink(m, nothing, out=m)
     state["weight"] = 1 - decay * (1 - state["weight"])
     mean = h.mean() / state["weight"]
-    shift = torch.where(mean > 0, damping * mean, damping)
+    shift = torch.where(mean > nothing, damping * mean, damping)  # whose inverse is a number
     if "inverse" not in state:
         state["inverse"] = torch.empty_like(h)
     inverse = state["inverse"]
@@ -232,6 +233,9 @@ def _move(moving: list[tuple[Tensor, Tensor, dict[str, Any]]], group: dict[str, 
     for index, (p, _, state) in enumerate(moving):
         state["step"] += 1
         correction = 1 / (1 - momentum ** state["step"])
+        m, inverse = state["momentum_buffer"], state["inverse"]
+        if math.isinf(numbers[index]):  # the square alone may be too large
+            numbers[index] = float(_square(m.double() * inverse.double()))
         length = numbers[index] ** 0.5 * correction
         factor = float(group["lr"]) * correction
         if adapts:
@@ -244,7 +248,6 @@ def _move(moving: list[tuple[Tensor, Tensor, dict[str, Any]]], group: dict[str, 
         if group["weight_decay"]:
             p.mul_(1 - float(group["lr"]) * group["weight_decay"])
         factor = factor if group["maximize"] else -factor
-        m, inverse = state["momentum_buffer"], state["inverse"]
         if m.dtype == p.dtype:
             p.addcmul_(m, inverse, value=factor)
         else:
@@ -270,12 +273,14 @@ def _product_square(a: Tensor, b: Tensor) -> Tensor:
 def _adapt(state: dict[str, Any], group: dict[str, Any], gradient: float, mean: float) -> None:
     """Adapt the rate to the share of signal, given the squares of g and of its corrected mean."""
     mu, t = group["momentum"], state["step"]
+    if not math.isfinite(gradient):  # it would stay in the average for ever
+        return
     # Its own weight: adaptation may have been off for a while.
     state["energy"] = mu * state.get("energy", 0.0) + (1 - mu) * gradient
     state["energy_weight"] = mu * state.get("energy_weight", 0.0) + 1 - mu
     energy = state["energy"] / state["energy_weight"]
     noise = (1 - mu) * (1 + mu**t) / ((1 + mu) * (1 - mu**t))
-    if 0 < energy < math.inf and noise < 1 and group["lr"] > 0:  # what stands still agrees
+    if energy > 0 and noise < 1 and group["lr"] > 0:  # what stands still agrees
         signal = min(1.0, mean / energy)
         grown = group["adaptation"] * (signal - noise) / (1 - noise)
         state["log_rate"] = min(state.get("log_rate", 0.0) + grown, LARGEST)

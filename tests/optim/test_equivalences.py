@@ -150,3 +150,36 @@ def test_adaptation_may_be_switched_on_and_off():
     assert found[:30] == [0.0] * 30
     assert 0 < max(steps) <= 0.3
     assert found[-5:] == [found[-6]] * 5
+
+
+def steps_with(gradient, curvature, count):
+    """A parameter and its state after steps with such gradients and curvatures, all float32."""
+    p = nn.Parameter(torch.ones(3))
+    opt = curvopt.DiagGGNOptimizer([p], curvature_every=1)
+    for t in range(count):
+        p.grad = torch.full((3,), gradient(t))
+        opt.collected = [{"curvature": {p: torch.full((3,), curvature(t))}}]
+        with torch.no_grad():
+            opt._update()
+    return p.detach(), opt.state[p]
+
+
+def test_nothing_left_to_learn_moves_nothing():
+    """Gradient and curvature are exactly zero for long: their averages fade below all numbers."""
+    early, _ = steps_with(lambda t: float(t < 5), lambda t: float(t < 5), 1000)
+    late, state = steps_with(lambda t: float(t < 5), lambda t: float(t < 5), 2500)
+    assert torch.equal(late, early)
+    assert state["inverse"].isfinite().all()
+    assert not state["momentum_buffer"].any()  # not even denormal numbers
+
+
+def test_a_step_is_bounded_whatever_the_curvature():
+    """Saturated and wrong: hardly any curvature, and a Newton step too long to be squared."""
+    p, _ = steps_with(lambda t: 1.0, lambda t: 1e-25, 1)
+    assert_close(p, torch.full((3,), 1 - 1e-3), 1e-6)
+
+
+def test_a_gradient_too_large_to_be_squared_does_not_stop_adaptation():
+    _, state = steps_with(lambda t: 1e25 if t == 2 else 1e-3, lambda t: 1.0, 400)
+    assert math.isfinite(state["energy"])
+    assert state["log_rate"] == math.log(100)
