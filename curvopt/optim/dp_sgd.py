@@ -93,8 +93,9 @@ class PrivateOptimizer(EngineOptimizer):
         self.nonfinite_samples = 0
         self._noise = GaussianNoise(generator, secure=secure_noise)
         self._ranks = Ranks(process_group)
-        self._met = self._agreed = False
-        check_ranks(sampler, *self._ranks.place)
+        self._place = self._ranks.place
+        check_ranks(sampler, *self._place)
+        self._met = self._agreed = self._spent = False
         self._sizes = (-1, 0)  # of the last logical batch, and how often in a row
 
     def _move(self, group: dict[str, Any], params: list[Tensor]) -> None:
@@ -164,21 +165,22 @@ class PrivateOptimizer(EngineOptimizer):
             sigma = quantile.gradient_noise_multiplier(sigma)
         self._std = sigma and sigma * norm
         groups = [[p for p in group["params"] if p.requires_grad] for group in self.param_groups]
-        try:
-            self._privatize([p for params in groups for p in params], sums)
-            self.ledger.log(self._sigma, self.sample_rate, sampler=self.sampler, max_grad_norm=norm)
-            self.nonfinite_samples += int((~self.norms.isfinite()).sum())
-            if quantile:
-                quantile.update(self.norms, self._noise)
-                quantile.max_grad_norm = self._ranks.value_of_first(quantile.max_grad_norm)
-            for group, params in zip(self.param_groups, groups, strict=True):
-                self._move(group, params)
-        except BaseException:
-            self.zero_grad()  # the sums are used up
-            raise
+        self._privatize([p for params in groups for p in params], sums)
+        self.ledger.log(self._sigma, self.sample_rate, sampler=self.sampler, max_grad_norm=norm)
+        self.nonfinite_samples += int((~self.norms.isfinite()).sum())
+        if quantile:
+            quantile.update(self.norms, self._noise)
+            quantile.max_grad_norm = self._ranks.value_of_first(quantile.max_grad_norm)
+        for group, params in zip(self.param_groups, groups, strict=True):
+            self._move(group, params)
 
     def _meet(self, norms: Tensor) -> Tensor:
         """The norms of all processes, once they agree on the step."""
+        if self._ranks.place != self._place:
+            raise CurvoptError(
+                "torch.distributed was initialized, or changed, after this optimizer was built, so "
+                "its sampler was not checked: build it afterwards, and load its state_dict"
+            )
         self._met = True
         if not self._ranks.many:
             return norms
@@ -199,16 +201,22 @@ class PrivateOptimizer(EngineOptimizer):
         return everybody
 
     def step(self, closure: Closure | None = None) -> Any:  # noqa: D102 (as in the base)
-        self._met = False
+        self._met = self._spent = False
         try:
-            return super().step(closure)
-        except Exception:
+            loss = super().step(closure)
+            self._spent = False
+            return loss
+        except Exception:  # no interrupt: nobody may come to hear of that
             if not self._met:
                 self._ranks.fail()  # the others are waiting
             raise
+        finally:
+            if self._spent:  # it failed after noise went into the sums
+                self.zero_grad()
 
     def _privatize(self, params: list[Tensor], sums: dict[Tensor, Tensor]) -> None:
         """``p.grad = (sum + N(0, std^2)) / B``, rounded to the parameter's dtype at the end."""
+        self._spent = True
         totals = [sums[p].contiguous() if p in sums else _zeros(p) for p in params]
         self._ranks.sum_on_first(totals)
         if self._std and self._ranks.first:

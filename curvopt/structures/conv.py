@@ -111,10 +111,8 @@ class Conv(Structure):
         return self._taken(samples, cotangent=self.cotangent[:, at], input=self.input[at])
 
     def sum(self, weights: Tensor | None = None) -> Tensor:
-        cotangent, input = (
-            self.cotangent.sum(0) if self.columns > 1 else self.cotangent[0],
-            self.input,
-        )
+        cotangent = self.cotangent.sum(0) if self.columns > 1 else self.cotangent[0]
+        input = self.input
         if weights is not None:
             cotangent, input = scale_smaller(cotangent, input, weights)
         return self._weight_gradient(cotangent.flatten(0, 1), input.flatten(0, 1), self.groups)

@@ -79,16 +79,18 @@ def fails_on_one(rank):
     return message, opt.ledger.steps
 
 
-def channels_last(rank):
+def convolution(rank=None, noise=0.0):
     """An empty batch on one process, and parameters whose memory is in another order."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(2, 3, 2), nn.Flatten(), nn.Linear(12, 3)).double()
-    model = model.to(memory_format=torch.channels_last)
-    settings = {"noise_multiplier": 1.0, "max_grad_norm": CLIP, "expected_batch_size": EXPECTED}
+    if rank is not None:
+        model = model.to(memory_format=torch.channels_last)
+    settings = {"noise_multiplier": noise, "max_grad_norm": CLIP, "expected_batch_size": EXPECTED}
     opt = curvopt.DPSGD(model.parameters(), 0.1, **settings)
-    for sizes in ((2, 0), (0, 2)):
-        x = torch.randn(sizes[rank], 2, 3, 3, dtype=torch.float64)
-        y = torch.zeros(sizes[rank], dtype=torch.int64)
+    for owner in (0, 1):
+        count = 2 if rank in (None, owner) else 0
+        x = torch.randn(2, 2, 3, 3, dtype=torch.float64)[:count]
+        y = torch.zeros(count, dtype=torch.int64)
         opt.step(lambda x=x, y=y: F.cross_entropy(model(x), y))
     return [p.detach().clone() for p in model.parameters()]
 
@@ -107,6 +109,7 @@ def refusals(rank):
 
 def work(rank, folder):
     torch.set_num_threads(1)
+    early = setup()
     store = dist.FileStore(f"{folder}/store", WORLD)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=WORLD)
     generator = torch.Generator().manual_seed(10 + rank)  # every process has one of its own
@@ -119,7 +122,9 @@ def work(rank, folder):
         "noise": noise(rank),
         "refused": refusals(rank),
         "failure": fails_on_one(rank),
-        "channels_last": channels_last(rank),
+        "channels_last": convolution(rank),
+        "channels_last, noisy": convolution(rank, noise=1.0),
+        "early": refused(lambda: train(*early, rank)),
         "state": setup(noise_multiplier=1.0)[1].state_dict(),
     }
     torch.save(results, f"{folder}/{rank}")
@@ -160,7 +165,10 @@ def test_noise_is_added_once(ranks):
 
 
 def test_memory_format_and_empty_batches(ranks):
-    first, second = (result["channels_last"] for result in ranks)
+    for result in ranks:
+        for mine, alone in zip(result["channels_last"], convolution(), strict=True):
+            assert_close(mine, alone, 1e-12)
+    first, second = (result["channels_last, noisy"] for result in ranks)
     assert all(map(torch.equal, first, second))
 
 
@@ -177,6 +185,7 @@ def test_processes_that_differ_are_refused(ranks):
         assert "differ in the parameters" in messages["start"]
         assert "differ in max_grad_norm: [1.0, 2.0]" in messages["norm"]
         assert f"this is process {rank} of 2" in messages["sampler"]
+        assert "after this optimizer was built" in result["early"]
         assert "nothing shows that this loader keeps to its own samples" in messages["loader"]
 
 

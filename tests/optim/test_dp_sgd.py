@@ -741,6 +741,31 @@ def test_bad_values_of_a_schedule_are_refused():
         noise_of(max_grad_norm=INF)
 
 
+@pytest.mark.parametrize("habit", ["closure", "record"])
+def test_sums_are_not_used_twice(habit, monkeypatch):
+    """A step that fails after its noise was drawn is over: its sums hold that noise."""
+    problem = Case("mlp-tanh", "ce").build()
+    before = [p.detach().clone() for p in problem.params]
+    opt = private(problem.params, lr=0.1, noise_multiplier=1.0)
+    with monkeypatch.context() as patch:
+
+        def fails(self, group, params):
+            raise RuntimeError("out of memory")
+
+        patch.setattr(curvopt.DPSGD, "_move", fails)
+        if habit == "record":
+            with opt.record():
+                problem.loss().backward()
+        with pytest.raises(RuntimeError, match="out of memory"):
+            opt.step(problem.loss if habit == "closure" else None)
+    assert all(map(torch.equal, before, problem.params))
+    assert all(p.grad is None for p in problem.params)
+    with pytest.raises(curvopt.CurvoptError, match="nothing was recorded"):
+        opt.step()
+    opt.step(problem.loss)
+    assert opt.ledger.steps == 2  # both released something
+
+
 def test_a_state_without_a_ledger_is_refused():
     _, opt = noise_of()
     state = torch.optim.SGD([torch.zeros(2), torch.zeros(300, 400)]).state_dict()
