@@ -1,0 +1,167 @@
+"""Which readings stand: penalties and tables left out, the others linked."""
+
+from __future__ import annotations
+
+from itertools import islice, product
+
+import torch
+from torch import Tensor
+
+from curvopt.axes.linking import Conflict, Linked, Shared, link
+from curvopt.axes.owners import Replay
+from curvopt.axes.readings import Claims, Entry, Outcome, Reading, Readings, Seeds
+from curvopt.axes.refusals import conflict, contradicts, rows_shared
+from curvopt.axes.wiring import only_indexes
+from curvopt.errors import CurvoptError
+
+# Combinations of readings that are tried, the outermost dims first.
+_COMBINATIONS = 64
+
+
+class Choices:
+    """The good readings of a pass, and the choice among them.
+
+    Args:
+        readings: of the pass.
+        batch_size: number of samples that the choice is to have, if given.
+    """
+
+    def __init__(self, readings: Readings, batch_size: int | None):
+        self.readings, self.batch_size = readings, batch_size
+        self.trace, self.frontier = readings.trace, readings.frontier
+        self.notes: list[str] = []
+        # Entries that reach rows; and those that reach coefficients only.
+        self.reaching: list[Entry] = []
+        self.weights: list[Entry] = []
+        self.good: dict[Entry, Reading] = {}
+
+    def _leave_penalties(self) -> None:
+        """Data that meets parameters element by element is no batch beside that of the model.
+
+        What a penalty pulls parameters to (their start, a mean, an identity matrix) has rows, but
+        each of them belongs to other elements of the parameters: they are no samples.
+        """
+        pieces: list[tuple[Tensor, list[Entry]]] = []  # the rows, and what holds their samples
+        for entry, reading in self.good.items():
+            rows, entries = reading.outcome.links >= 0, [entry]
+            apart = []
+            for other, others in pieces:
+                if bool((rows & other).any()):
+                    rows, entries = rows | other, [*others, *entries]
+                else:
+                    apart.append((other, others))
+            pieces = [*apart, (rows, entries)]
+        if len(pieces) < 2:
+            return
+        alone = [e for _, e in pieces if all(self._meets_parameters(self.good[x]) for x in e)]
+        for entry in [x for e in alone for x in e] if len(alone) < len(pieces) else ():
+            del self.good[entry]
+            self.notes.append(f"{list(entry.ref.shape)} meets parameters alone")
+            if entry in self.reaching:
+                self.reaching.remove(entry)
+
+    def _meets_parameters(self, reading: Reading) -> bool:
+        """Whether a parameter has the samples' axis where it meets this data."""
+        trace = self.trace
+        weights = {s for s in self.readings.silent if s in trace.outside}
+        seeds, claims = reading.entry.seed(trace, reading.dim)
+        only = self.readings.only
+        replay = Replay(trace, seeds, claims=claims, loose=weights, only=only).run()
+        return bool(replay.outsiders)
+
+    def _rows_owned(self) -> Tensor:
+        length = sum(torch.Size(row.shape).numel() for row in self.frontier.rows)
+        owned = torch.zeros(length, dtype=torch.bool)
+        for reading in self.good.values():
+            owned |= reading.outcome.rows >= 0
+        return owned
+
+    def _linked(self) -> Linked:
+        """The outermost readings that fit together, and `batch_size`."""
+        wanted = self.batch_size
+        first: Linked | CurvoptError
+        try:
+            first = self._try(list(self.good.values()))
+            if wanted is None or first.n == wanted:
+                return first
+        except CurvoptError as error:
+            first = error
+        options = [list(self.readings.of(entry)) for entry in self.good]
+        found = [first] if isinstance(first, Linked) else []
+        for choice in islice(product(*options), _COMBINATIONS):
+            try:
+                linked = self._try(list(choice))
+            except CurvoptError:
+                continue
+            if wanted is None or linked.n == wanted:
+                return linked
+            found.append(linked)
+        for linked in found:
+            overlaid = linked.overlaid(wanted or 0)
+            if overlaid is not None:
+                return overlaid
+        if isinstance(first, CurvoptError):
+            tables = self._without_tables()
+            if tables is None:
+                raise first
+            return tables
+        raise contradicts(wanted or 0, first.n, first.chosen)
+
+    def _without_tables(self) -> Linked | None:
+        """Leave out integers that index a table: the other data own all rows."""
+        tables = [entry for entry in self.good if self._is_index(entry)]
+        kept = [reading for entry, reading in self.good.items() if entry not in tables]
+        if not tables or not kept:
+            return None
+        try:
+            linked = self._try(kept)
+        except CurvoptError:
+            return None
+        for entry in tables:
+            if bool(((self.good[entry].outcome.links >= 0) & (linked.ids < 0)).any()):
+                return None
+        for entry in tables:
+            del self.good[entry]
+        return linked
+
+    def _try(self, readings: list[Reading]) -> Linked:
+        try:
+            return link(
+                readings,
+                self._opaque,
+                lambda reading: self._drawn(reading, readings),
+                in_order=len(self.frontier.rows) == 1,
+            )
+        except Conflict as error:
+            raise conflict(error) from None
+        except Shared as error:
+            raise rows_shared(error.reading, max(r.values.numel() for r in readings)) from None
+
+    def _opaque(self, reading: Reading) -> Outcome:
+        return self.readings.outcome(*reading.entry.seed(self.trace, reading.dim), opaque=True)
+
+    def _drawn(self, reading: Reading, readings: list[Reading]) -> bool:
+        """Whether all that is read of a tensor is picked by indices that belong to samples."""
+        picks = set(reading.outcome.replay.picks)
+        if not picks:
+            return False
+        seeds: Seeds = {}
+        claims: Claims = {}
+        for other in readings:
+            if other.entry != reading.entry:
+                more = other.entry.seed(self.trace, other.dim)
+                seeds.update(more[0])
+                claims.update(more[1])
+        marked = self.readings.outcome(seeds, claims, marks=picks).replay.marked
+        states = [marked[pick] for pick in picks]
+        return all(s is not None and bool((s.owners >= 0).all()) for s in states)
+
+    def _is_index(self, entry: Entry) -> bool:
+        """Whether it says which elements to take, and is no number of a sample's."""
+        if entry.floating or entry.storage is None:
+            return False
+        return only_indexes(self.trace, entry.storage)
+
+    def _outside(self) -> set[int]:
+        """Storages of data."""
+        return set(self.trace.outside) - self.readings.silent

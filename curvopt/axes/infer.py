@@ -1,0 +1,362 @@
+"""Find the samples of a pass, and prove that they do not mix."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence, Set
+
+import torch
+from torch import Tensor
+
+from curvopt.axes.choices import Choices
+from curvopt.axes.lattice import DTYPE, MIXED, NONE
+from curvopt.axes.linking import Linked
+from curvopt.axes.ops import Ref
+from curvopt.axes.readings import Claims, Entry, Outcome, Reading, Readings, Seeds, dims_of
+from curvopt.axes.refusals import (
+    ambiguous,
+    no_data,
+    not_recorded,
+    not_separate,
+    paired_otherwise,
+)
+from curvopt.axes.rows import frontier
+from curvopt.axes.samples import Samples
+from curvopt.axes.trace import Trace
+from curvopt.axes.weights import of_data, weighings
+from curvopt.axes.wiring import index_vectors, parametric, picking
+from curvopt.errors import CurvoptError
+
+
+def infer(
+    trace: Trace, loss: Tensor | Ref, *, silent: Set[int], batch_size: int | None = None
+) -> Samples:
+    """Find the samples of a pass.
+
+    Args:
+        trace: the recorded pass.
+        loss: the loss that was computed in it.
+        silent: storages of parameters and buffers: shared by all samples, and rightly so.
+        batch_size: number of samples, as a constraint: it chooses among readings and is never
+            believed against the data flow.
+
+    Raises:
+        CurvoptError: samples mix; there is more than one reading, or none; `batch_size` is not
+            what the data flow shows.
+    """
+    if trace.unsupported:
+        raise CurvoptError(trace.unsupported)
+    ref = trace.ref(loss) if isinstance(loss, Tensor) else loss
+    found = frontier(trace, ref, silent)
+    if found is None:
+        raise not_recorded()
+    readings = Readings(trace, found, frozenset(silent))
+
+    def again(later: Trace) -> Samples:
+        return infer(later, ref, silent=silent, batch_size=batch_size)
+
+    return _Search(readings, batch_size, again).run()
+
+
+def _many(linked: Linked) -> bool:
+    return all(reading.size > 1 for reading in linked.chosen)
+
+
+def _check_pairs(linked: Linked, vectors: list[Tensor], picking: Set[int]) -> None:
+    """Row i of one tensor must not be used with row j of another of the same samples.
+
+    Args:
+        linked: the readings.
+        vectors: owners along their dims.
+        picking: storages of indices by which data is picked, whose order is their own.
+    """
+    pairs = zip(linked.chosen, vectors, strict=True)
+    judged = [(r, owners) for r, owners in pairs if r.entry.storage not in picking]
+    for index, (reading, owners) in enumerate(judged):
+        for other, theirs in judged[:index]:
+            same = owners.shape == theirs.shape and not torch.equal(owners, theirs)
+            if same and torch.equal(owners.sort().values, theirs.sort().values):
+                raise paired_otherwise(other, reading)
+
+
+class _Search(Choices):
+    """One search for the samples of a pass."""
+
+    def __init__(
+        self, readings: Readings, batch_size: int | None, again: Callable[[Trace], Samples]
+    ):
+        super().__init__(readings, batch_size)
+        self.again = again
+
+    def run(self) -> Samples:
+        """Propose readings, link them, and replay them jointly."""
+        self._look()
+        length = sum(torch.Size(row.shape).numel() for row in self.frontier.rows)
+        if length == 0:
+            return self._samples(0, {}, {}, torch.empty(0, dtype=DTYPE))
+        if self._is_one():
+            return self._one()
+        self._complete()
+        if not any(reading.outcome.touches for reading in self.good.values()):
+            if self.batch_size == 1 and self.reaching:
+                return self._one()
+            raise self._refusal()
+        self._leave_penalties()
+        linked = self._linked()
+        if self.batch_size is None:
+            self._ask(linked)
+        return self._joint(linked)
+
+    def _look(self) -> None:
+        for entry in self.readings.entries():
+            whole = self.readings.whole(entry)
+            if not whole.touches:
+                if whole.touches_coefficients:
+                    self.weights.append(entry)
+                    reading = next(self.readings.of(entry), None)
+                    if reading is not None and bool((reading.outcome.products >= 0).any()):
+                        self.good[entry] = reading
+                continue
+            self.reaching.append(entry)
+            reading = next(self.readings.of(entry), None)
+            if reading is not None:
+                self.good[entry] = reading
+
+    def _is_one(self) -> bool:
+        """Whether every tensor that could hold samples holds one: a size of 1 stands in front."""
+        votes = []
+        for entry in (*self.reaching, *self.weights):
+            good = self.good.get(entry)
+            single = 1 in entry.ref.shape
+            if single and (good is None or entry.ref.shape.index(1) < good.dim):
+                votes.append(True)
+            elif good is not None:
+                votes.append(False)
+        if self.batch_size == 1 and self._could_be_one():
+            return True
+        return self.batch_size in (None, 1) and bool(votes) and all(votes)
+
+    def _could_be_one(self) -> bool:
+        """Whether data without a batch axis, said to be one sample, does not look like a batch.
+
+        A tensor that holds no samples along any dim either has a dim of size 1, or no dim of the
+        length that others have samples of.
+        """
+        sizes = {reading.size for reading in self.good.values()}
+        rest = [entry for entry in self.reaching if entry not in self.good]
+        batches = [e for e in rest if sizes & set(e.ref.shape) and 1 not in e.ref.shape]
+        lonely = [e for e in rest if sizes & set(e.ref.shape) and 1 in e.ref.shape]
+        return bool(rest) and not batches and (bool(lonely) or not self._seeded_by_use())
+
+    def _seeded_by_use(self) -> bool:
+        """Whether samples of a good reading meet parameters: its tensor goes through the model."""
+        pure = parametric(self.trace, self.readings.silent, self._outside())
+        return any(
+            reading.outcome.replay.owned & pure & self.readings.only
+            for reading in self.good.values()
+        )
+
+    def _one(self) -> Samples:
+        seeds: Seeds = {}
+        claims: Claims = {}
+        for entry in (*self.reaching, *self.weights):
+            if self.batch_size == 1 or 1 in entry.ref.shape or not entry.ref.ndim:
+                more = entry.whole()
+                seeds.update(more[0])
+                claims.update(more[1])
+        outcome = self.readings.outcome(seeds, claims)
+        return self._samples(1, seeds, claims, outcome.rows)
+
+    def _complete(self) -> None:
+        """Read groups and tensors made in the pass, for rows that belong to nobody so far."""
+        stuck = [entry for entry in self.reaching if entry not in self.good]
+        storages = {entry.storage for entry in stuck}
+        for entry in self.readings.groups() if stuck else ():
+            if set(entry.group) <= storages:
+                self._add(entry)
+        rows = self._rows_owned()
+        for entry in self.readings.made() if not bool(rows.all()) else ():
+            for dim in dims_of(entry) or [0]:
+                reading = self.readings.read(entry, dim)
+                if not reading.outcome.touches:
+                    break
+                fresh = (reading.outcome.rows >= 0) & ~self._rows_owned()
+                if reading.good and bool(fresh.any()):
+                    self.good[entry] = reading
+                    break
+
+    def _add(self, entry: Entry) -> None:
+        reading = next(self.readings.of(entry), None)
+        if reading is not None:
+            self.good[entry] = reading
+
+    def _ask(self, linked: Linked) -> None:
+        """Raise where the data flow has two readings, or shows one sample of a larger tensor."""
+        n = linked.n
+        seeded = {reading.entry for reading in linked.chosen}
+        rows = self.frontier.rows
+        if n == 1 and not any(row.shape[:1] == (1,) for row in rows) and _many(linked):
+            reading = linked.chosen[0]
+            raise ambiguous(
+                f"one sample, since the loss sees one position of {reading}",
+                f"{reading.size} samples along it, of which the others are not used",
+                (1,),
+            )
+        inner = [r for r in linked.chosen if r.dim and r.entry.ref.shape[0] > 1]
+        if n > 1 and inner and len(inner) == len(linked.chosen):
+            raise ambiguous(
+                f"{n} samples along {inner[0]}, since those along dim 0 are not separate",
+                f"{inner[0].entry.ref.shape[0]} samples along dim 0, which the model mixes",
+                (n,),
+            )
+        for entry in self.reaching:
+            shape = entry.ref.shape
+            if entry not in seeded and n > 1 and 1 in shape and n in shape:
+                raise ambiguous(
+                    f"one sample, as {list(shape)} has a size of 1",
+                    f"{n} samples, along {linked.chosen[0]}",
+                    (1, n),
+                )
+
+    def _joint(self, linked: Linked) -> Samples:
+        seeds: Seeds = {}
+        claims: Claims = {}
+        vectors = self._with_unused(linked)
+        _check_pairs(linked, vectors, picking(self.trace, self.readings.silent))
+        for reading, owners in zip(linked.chosen, vectors, strict=True):
+            more = reading.entry.seed(self.trace, reading.dim, owners)
+            seeds.update(more[0])
+            claims.update(more[1])
+        n = max(linked.n, *[int(owners.max()) + 1 for owners in vectors])
+        self._seed_by_vectors(seeds, claims, linked)
+        sizes = {n, *(reading.size for reading in linked.chosen)}
+        shared = [r.entry.ref for r in linked.shared]
+        seeded = {reading.entry for reading in (*linked.chosen, *linked.shared, *linked.drawn)}
+        for entry in self.reaching:
+            if entry in seeded or entry.storage in seeds:
+                continue
+            if self.batch_size == n and 1 in entry.ref.shape:
+                shared.append(entry.ref)
+                continue
+            hit = [d for d in dims_of(entry) if entry.ref.shape[d] in sizes]
+            outcome = self.readings.read(entry, hit[0]).outcome if n > 1 and hit else None
+            # Numbers are data; indices may be positions or edges, unless a mask is made of them.
+            if outcome is not None and (outcome.replay.ragged or not self._is_index(entry)):
+                raise not_separate(outcome.blame(), n, entry.ref)
+            if not self._is_index(entry):  # positions and edges are the model's own business
+                shared.append(entry.ref)
+        outcome = self.readings.outcome(seeds, claims)
+        if outcome.mixed:
+            raise not_separate(outcome.blame(), n)
+        strangers = [ref for ref in shared[len(linked.shared) :] if ref.numel > 1]
+        weights = {
+            self.trace.outside[s].shape for s in self.readings.silent & set(self.trace.outside)
+        }
+        masks = {
+            e.storage
+            for e in self.reaching
+            if (e.ref.ndim > 1 and e.ref.shape in weights) or self._is_index(e)
+        }
+        data = self._outside() - (masks - set(seeds))
+        pure = parametric(self.trace, self.readings.silent, data)
+        met = outcome.replay.owned & pure
+        if n > 1 and self.batch_size is None and strangers and not met & self.readings.only:
+            raise ambiguous(
+                f"{n} samples along {linked.chosen[0]}, which meet no parameter",
+                f"one sample, with {list(strangers[0].shape)} as its data",
+                (n, 1),
+            )
+        samples = self._samples(n, seeds, claims, outcome.rows, shared, linked.chosen)
+        samples.drawn = [reading.entry.ref for reading in linked.drawn]
+        owned = [owners[owners >= 0] for owners in vectors]
+        samples.steady = not self.notes and all(len(o.unique()) == len(o) for o in owned)
+        return samples
+
+    def _with_unused(self, linked: Linked) -> list[Tensor]:
+        """Owners along the readings' dims; samples whose rows a mask left out are samples too."""
+        vectors = [linked.owners(reading) for reading in linked.chosen]
+        first = vectors[0]
+        if all(torch.equal(v, first) for v in vectors) and bool((first == NONE).any()):
+            replays = [reading.outcome.replay for reading in linked.chosen]
+            drawn = (self._opaque(reading).mixed for reading in linked.chosen)
+            if any(replay.masked for replay in replays) and not any(drawn):
+                whole = torch.arange(len(first), dtype=DTYPE)
+                table = torch.full((linked.n,), NONE, dtype=DTYPE)
+                table[first[first >= 0].long()] = whole[first >= 0]
+                owned = linked.ids >= 0
+                linked.ids[owned] = table[linked.ids[owned].long()]
+                return [whole] * len(vectors)
+        return vectors
+
+    def _seed_by_vectors(self, seeds: Seeds, claims: Claims, linked: Linked) -> None:
+        """Graphs: an integer vector from outside says which sample a row of a tensor belongs to."""
+        ids = linked.ids[: self._rows_owned().numel()]
+        for entry in self.reaching:
+            if entry in self.good or entry.storage is None or not entry.floating:
+                continue
+            for owners in index_vectors(self.trace, entry.ref):
+                rows = self.readings.outcome({entry.storage: owners}, {}).rows
+                if not bool((rows == MIXED).any()) and bool((rows == ids)[ids >= 0].all()):
+                    seeds[entry.storage] = owners
+                    self.notes.append(f"{list(entry.ref.shape)} is owned by an index vector")
+                    break
+
+    def _refusal(self) -> CurvoptError:
+        """Why there is no good reading."""
+        for entry in self.reaching:
+            for dim in dims_of(entry):
+                meeting = self.readings.read(entry, dim).outcome.blame()
+                if meeting is not None:
+                    return not_separate(meeting, None, entry.ref, single=self.batch_size is None)
+        return no_data()
+
+    def _samples(
+        self,
+        n: int,
+        seeds: Seeds,
+        claims: Claims,
+        owners: Tensor,
+        shared: Sequence[Ref] = (),
+        chosen: Sequence[Reading] = (),
+    ) -> Samples:
+        """The trusted joint replay, and what it says of the coefficients."""
+        loose = frozenset(
+            entry.storage
+            for entry in self.reaching
+            if entry.storage is not None and entry.storage not in seeds
+        )
+        samples = Samples(
+            n,
+            self.trace,
+            seeds,
+            claims,
+            self.frontier,
+            owners,
+            self.readings,
+            self.again,
+            shared=[ref for ref in shared if ref.numel > 1],
+            notes=self.notes,
+            _loose=loose,
+        )
+        if n == 0:
+            return samples
+        try:
+            replay = samples.replay()
+        except CurvoptError:
+            samples._fill = False
+            replay = samples.replay()
+        samples.value_dependent = replay.value_dependent
+        outcome = Outcome(replay, self.frontier)
+        samples.owners = outcome.rows
+        if bool((outcome.rows == NONE).any()):
+            samples.notes.append("rows that hold no sample")
+        samples.reads = [read for read in self.trace.reads if read.op in set(replay.reads)]
+        weights = [self.readings.read(e, d) for e in self.weights for d in dims_of(e)]
+        candidates = [*chosen, *(r for r in weights if r.entry not in self.good)]
+        if n > 1:
+            samples.weighings = weighings(outcome, candidates, samples.reads)
+            seeded = {reading.entry for reading in chosen}
+            for entry in self.weights:
+                if entry not in seeded and n in entry.ref.shape:
+                    samples.weighings += of_data(self.readings, entry, samples.weighings)
+        self.readings.forget()
+        return samples
