@@ -4,14 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from torch import Generator, Tensor
 
 from curvopt.structures import Structure
 
-if TYPE_CHECKING:
-    from curvopt.engine.hessian import Hessian
+
+class Hessian(Protocol):
+    """Second derivatives of a loss, as the engine gives them to a quantity."""
+
+    params: list[Tensor]
+    chunk: int
+
+    def diagonal(self, rows: bool) -> dict[Tensor, Tensor]:
+        """Exact diagonal: ``[*p]``, or each sample's ``[N, *p]`` with ``rows``."""
+
+    def product(self, vectors: dict[Tensor, Tensor]) -> dict[Tensor, Tensor]:
+        """Product with vectors ``[V, *p]``, zero for parameters that are not given."""
 
 
 @dataclass(frozen=True)

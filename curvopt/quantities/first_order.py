@@ -7,7 +7,7 @@ from torch import Tensor
 
 from curvopt.errors import CurvoptError
 from curvopt.quantities.base import Context, Quantity
-from curvopt.structures import Structure
+from curvopt.structures import Mended, Structure
 
 
 class Gradient(Quantity):
@@ -74,8 +74,8 @@ class SumGradSquared(Quantity):
 class Variance(Quantity):
     """Elementwise variance of the per-sample gradients, ``[*p]``.
 
-    ``(1/N) sum_n g_n^2 - ((1/N) sum_n g_n)^2``, times ``N / (N - 1)`` if unbiased; rounding below
-    zero is cut off.
+    ``(1/N) sum_n (g_n - (1/N) sum_m g_m)^2``, times ``N / (N - 1)`` if unbiased. Computed
+    in this form where the rows hardly differ: the difference of moments would be all rounding.
 
     Args:
         unbiased: divide by N - 1 instead of N. Off by default: the variance of this batch.
@@ -96,9 +96,7 @@ class Variance(Quantity):
             raise CurvoptError(
                 f"the unbiased variance needs two samples, got {n}; use unbiased=False"
             )
-        share = 1 / max(1, n)
-        total, squares = structure.moments(share**0.5)
-        variance = squares.addcmul_(total, total, value=-share).clamp_(min=0)
+        _, variance = structure.moments(max(1, n) ** -0.5)
         scale = context.factor**2 * (n / (n - 1) if self.unbiased else 1)
         return variance if scale == 1 else variance * scale
 
@@ -135,12 +133,21 @@ class ClippedGradSum(Quantity):
     ) -> dict[Tensor, Tensor]:
         for p, structure in structures.items():  # in place, for its factors are not needed now
             structures[p] = structure.settled()
-        parts = [structure.squared_norms()[0] for structure in structures.values()]
+        gauges = [structure.gauge() for structure in structures.values()]
+        parts = [squares[0] for squares, _ in gauges]
         squares = torch.stack(parts)
+        doubts = [doubt[0] for _, doubt in gauges if doubt is not None]
+        some = bool(torch.stack([~squares.sum(0).isfinite(), *doubts]).any())  # one look by host
+        if some:
+            for index, (p, (_, doubt)) in enumerate(zip([*structures], gauges, strict=True)):
+                if doubt is not None and doubt.any():
+                    structures[p] = Mended(structures[p], doubt)
+                    parts[index] = structures[p].squared_norms()[0]
+            squares = torch.stack(parts)
         factor = context.factor
         weights = self.weights(squares if factor == 1 else squares * factor**2) * factor
         left_out = weights[0] == 0
-        some = bool(left_out.any())
+        some = some and bool(left_out.any())
         return {
             p: _sum_without(left_out, s, w.to(part)) if some else s.sum(w.to(part))
             for (p, s), w, part in zip(structures.items(), weights, parts, strict=True)

@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Generator, Tensor
 
-from curvopt.quantities.base import HESSIAN, Quantity
-
-if TYPE_CHECKING:
-    from curvopt.engine.hessian import Hessian
+from curvopt.quantities.base import HESSIAN, Hessian, Quantity
 
 
 class DiagHessian(Quantity):

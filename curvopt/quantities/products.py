@@ -12,7 +12,7 @@ from curvopt.errors import CurvoptError
 from curvopt.quantities.base import ROOT, Context, Quantity
 from curvopt.quantities.ggn import _Sketch
 from curvopt.structures import Structure
-from curvopt.structures.base import sum_tensors
+from curvopt.structures.numerics import sum_tensors
 
 Held = dict[Tensor, list[tuple[Structure, float]]]
 

@@ -1,8 +1,7 @@
 """Structures: per-sample gradients that are known without being formed (see `base`)."""
 
-from curvopt.structures.base import Structure
+from curvopt.structures.base import Dense, Mended, Structure
 from curvopt.structures.conv import Conv
-from curvopt.structures.dense import Dense
 from curvopt.structures.elementwise import Scale, Shift
 from curvopt.structures.folded import Folded
 from curvopt.structures.kronecker import Factors
@@ -19,6 +18,7 @@ __all__ = [
     "Factors",
     "Folded",
     "Lookup",
+    "Mended",
     "Outer",
     "Own",
     "Permuted",

@@ -1,4 +1,4 @@
-"""What every structure can do, from one method."""
+"""What every structure can do, from one method; formed rows, and rows formed more exactly."""
 
 from __future__ import annotations
 
@@ -12,11 +12,14 @@ from torch import Size, Tensor
 
 from curvopt.errors import CurvoptError
 from curvopt.structures.kronecker import Factors
+from curvopt.structures.numerics import accumulate, small_beside, squared_norm
 
 # Elements of the largest parameter whose whole curvature block is formed: 64 MiB of float32.
 DENSE_BLOCK = 1 << 12
 # Elements of a block of formed rows: 2 MiB of float32, so that a block stays in a core's cache.
 BLOCK = 1 << 19
+# A variance is in doubt, likewise, where it is this share of the second moment.
+SPREAD = 2e4
 
 
 class Structure(ABC):
@@ -52,8 +55,6 @@ class Structure(ABC):
         Args:
             samples: their indices.
         """
-        from curvopt.structures.dense import Dense
-
         return Dense(torch.cat([self.rows(n, n + 1) for n in samples], 1))
 
     def _taken(self, samples: Sequence[int], **fields: Any) -> Structure:
@@ -78,7 +79,7 @@ class Structure(ABC):
         Args:
             weights: ``[N]``; ones by default.
         """
-        return _accumulate(
+        return accumulate(
             rows.sum((0, 1))
             if weights is None
             else torch.tensordot(weights[start:stop], rows.sum(0), 1)
@@ -87,12 +88,26 @@ class Structure(ABC):
 
     def sum_of_squares(self) -> Tensor:
         """Elementwise ``sum_vn row_vn^2``: ``[*shape]``."""
-        return _accumulate(rows.square().sum((0, 1)) for _, _, rows in self.blocks())
+        return accumulate(rows.square().sum((0, 1)) for _, _, rows in self.blocks())
 
     def moments(self, scale: float = 1.0) -> tuple[Tensor, Tensor]:
-        """`sum` and `sum_of_squares` of the rows times ``scale``."""
-        total, squares = self.sum(), self.sum_of_squares()
-        return (total, squares) if scale == 1 else (total * scale, squares * scale**2)
+        """`sum` and scatter, ``sum_vn (row_vn - mean)^2`` elementwise, of the rows times ``scale``.
+
+        However small the scatter is beside the mean: it is no difference of moments.
+        """
+        # Shifted by the mean of some rows, which is as near to the others' as they are to it.
+        pilot, number = None, 0
+        for _, _, rows in self.blocks():
+            rows = rows.flatten(0, 1)
+            if pilot is None:
+                pilot = rows.detach().sum(0) / max(1, len(rows))
+                total, squares = torch.zeros_like(pilot), torch.zeros_like(pilot)
+            apart, number = rows - pilot, number + len(rows)
+            total, squares = total + apart.sum(0), squares + (apart * apart).sum(0)
+        assert pilot is not None  # there is always a block
+        scatter = (squares - total * total / max(1, number)).clamp(min=0)
+        total = total + number * pilot
+        return (total, scatter) if scale == 1 else (total * scale, scatter * scale**2)
 
     def batch_sum_of_squares(self) -> Tensor:
         """Elementwise ``sum_v row_vn^2`` of every sample: ``[N, *shape]``."""
@@ -123,11 +138,42 @@ class Structure(ABC):
         parts = (rows * other.rows(start, stop) for start, stop, rows in self.blocks())
         if batch:
             return torch.cat([part.sum(0) for part in parts])
-        return _accumulate(part.sum((0, 1)) for part in parts)
+        return accumulate(part.sum((0, 1)) for part in parts)
 
     def squared_norms(self) -> Tensor:
-        """``|row_vn|^2``: ``[V, N]``."""
-        return torch.cat([squared_norm(rows, 2) for _, _, rows in self.blocks()], 1)
+        """``|row_vn|^2``, ``[V, N]``, as exact as those of formed rows.
+
+        The host looks whether any is in doubt, which on an accelerator waits for the device.
+        """
+        squares, doubt = self.gauge()
+        if doubt is None or not doubt.any():
+            return squares
+        return Mended(self, doubt).squared_norms()
+
+    def gauge(self) -> tuple[Tensor, Tensor | None]:
+        """Squared norms by the cheapest way, ``[V, N]``, and which of them are in doubt.
+
+        In doubt is a row that is so small beside its terms that rounding could matter, in its norm
+        or in a weighted `sum`; None where no row can be. `Mended` makes both right.
+        """
+        squares = torch.cat([squared_norm(rows, 2) for _, _, rows in self.blocks()], 1)
+        reach = self.reach()
+        return squares, None if reach is None else small_beside(squares, reach)
+
+    def reach(self) -> Tensor | None:
+        """Sum of the lengths of the terms that `sum` adds up in a row, ``[V, N]``, or a bound.
+
+        None where a row is held as one term.
+        """
+        return None
+
+    def wide(self, samples: Sequence[int]) -> Tensor:
+        """Form the rows of some samples in double precision: ``[V, n, *shape]``.
+
+        Args:
+            samples: their indices.
+        """
+        return self.take(samples).form()
 
     def settled(self) -> Structure:
         """The same structure, for `squared_norms` and then `sum`.
@@ -135,6 +181,15 @@ class Structure(ABC):
         Its rows are formed where that saves work and takes little more memory than their factors.
         """
         return self
+
+    def rank_one(self, a: Tensor, b: Tensor) -> Tensor:
+        """``a^T (sum_vn row_vn) b``, a number, the parameter seen as a matrix: scalars as 1 x 1.
+
+        Args:
+            a: one number per element of the first axis.
+            b: one per element of the others, in order; one alone where there are none.
+        """
+        return a @ (self.sum().reshape(len(a), len(b)) @ b)
 
     def dots(self, direction: Tensor) -> Tensor:
         """Inner products ``<row_vn, direction>``: ``[V, N]``.
@@ -153,7 +208,7 @@ class Structure(ABC):
         Args:
             weights: ``[V, N]``.
         """
-        return _accumulate(
+        return accumulate(
             torch.tensordot(weights[:, start:stop], rows, 2) for start, stop, rows in self.blocks()
         )
 
@@ -192,34 +247,72 @@ class Structure(ABC):
                 "ask for DiagGGNExact"
             )
         flat = (rows.reshape(-1, self.shape.numel()) for _, _, rows in self.blocks())
-        return Factors([_accumulate(rows.mT @ rows for rows in flat)])
+        return Factors([accumulate(rows.mT @ rows for rows in flat)])
 
 
-def squared_norm(tensor: Tensor, keep: int) -> Tensor:
-    """Sum of squares over all but the first ``keep`` axes, differentiable at zero."""
-    flat = tensor.flatten(keep) if tensor.ndim > keep else tensor.unsqueeze(-1)
-    if tensor.requires_grad:
-        return flat.square().sum(-1)
-    return torch.linalg.vector_norm(flat, dim=-1).square()  # three times as fast
+class Dense(Structure):
+    """Rows held as one tensor.
+
+    Args:
+        values: ``[V, N, *shape]``.
+    """
+
+    def __init__(self, values: Tensor):
+        self.columns, self.samples = values.shape[:2]
+        self.shape = values.shape[2:]
+        self.values = values
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        return self.values[:, start:stop]
+
+    def form(self) -> Tensor:
+        return self.values
+
+    def sum(self, weights: Tensor | None = None) -> Tensor:
+        values = self.values.sum(0) if self.columns > 1 else self.values[0]
+        return values.sum(0) if weights is None else torch.tensordot(weights, values, 1)
 
 
-def _accumulate(parts: Iterator[Tensor]) -> Tensor:
-    total = next(parts)
-    for part in parts:
-        total = total + part
-    return total
+class Mended(Structure):
+    """Another structure, some of whose samples are formed in double precision wherever they count.
 
+    Their norms are then right, and what they add to a weighted sum is as long as the norms say: a
+    sum over all samples would round each term of a row, and such a row is small beside its terms.
 
-def scale_smaller(left: Tensor, right: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-    """Factors of a product, the smaller one times the samples' weights ``[N]``."""
-    if left.numel() <= right.numel():
-        return left * weights.view(-1, *[1] * (left.ndim - 1)), right
-    return left, right * weights.view(-1, *[1] * (right.ndim - 1))
+    Args:
+        inner: the structure.
+        doubt: ``[V, N]``, true where a norm is in doubt (`Structure.gauge`); read by the host.
+    """
 
+    def __init__(self, inner: Structure, doubt: Tensor):
+        self.inner, self.shape = inner, inner.shape
+        self.columns, self.samples = inner.columns, inner.samples
+        self.at = doubt.any(0).nonzero().flatten()
 
-def sum_tensors(tensors: list[Tensor]) -> Tensor:
-    """Sum of tensors of one shape."""
-    result = tensors[0]
-    for tensor in tensors[1:]:
-        result = result + tensor
-    return result
+    def _mended(self, at: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Samples and their rows, a block at a time."""
+        for part in at.split(self.inner.block()) if len(at) else ():
+            yield part, self.inner.wide(part.tolist())
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        rows = self.inner.rows(start, stop)
+        for at, mended in self._mended(self.at[(self.at >= start) & (self.at < stop)]):
+            rows = rows.index_copy(1, at - start, mended.to(rows.dtype))
+        return rows
+
+    def sum(self, weights: Tensor | None = None) -> Tensor:
+        if weights is None:
+            return self.inner.sum()
+        total = self.inner.sum(weights.index_fill(0, self.at, 0))
+        for at, rows in self._mended(self.at):
+            total = total + torch.tensordot(weights[at].to(rows), rows.sum(0), 1).to(total.dtype)
+        return total
+
+    def rank_one(self, a: Tensor, b: Tensor) -> Tensor:
+        return self.inner.rank_one(a, b)
+
+    def gauge(self) -> tuple[Tensor, Tensor | None]:
+        squares, _ = self.inner.gauge()
+        for at, rows in self._mended(self.at):
+            squares = squares.index_copy(1, at, squared_norm(rows, 2).to(squares.dtype))
+        return squares, None

@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Size, Tensor
 
-from curvopt.structures.base import BLOCK, Structure, scale_smaller, sum_tensors
-from curvopt.structures.dense import Dense
+from curvopt.structures.base import BLOCK, Dense, Structure
 from curvopt.structures.kronecker import Factors
+from curvopt.structures.numerics import scale_smaller, widened
 from curvopt.structures.outer import Outer
 
 # Input channels (of images) up to which convolution kernels with a group per sample are slow.
@@ -117,19 +117,21 @@ class Conv(Structure):
             cotangent, input = scale_smaller(cotangent, input, weights)
         return self._weight_gradient(cotangent.flatten(0, 1), input.flatten(0, 1), self.groups)
 
-    def moments(self, scale: float = 1.0) -> tuple[Tensor, Tensor]:
-        # Rows formed for the squares give their sum for one more addition.
-        parts = [
-            torch.stack((rows.sum((0, 1)), (rows * rows).sum((0, 1))))
-            for _, _, rows in self.blocks()
-        ]
-        total, squares = sum_tensors(parts)
-        return (total, squares) if scale == 1 else (total * scale, squares * scale**2)
-
-    def squared_norms(self) -> Tensor:
+    def gauge(self) -> tuple[Tensor, Tensor | None]:
         t, (o, i) = self.positions, (self.shape[0] // self.groups, self.shape[1:].numel())
         # Gram matrices of the positions, 2 T^2 (O + I) flops, or the formed rows, 2 T O I.
-        return self.patches().squared_norms() if t * (o + i) < o * i else super().squared_norms()
+        return self.patches().gauge() if t * (o + i) < o * i else super().gauge()
+
+    def reach(self) -> Tensor:
+        # By Cauchy and Schwarz; an element is in as many patches as the kernel is large, at most.
+        left, right = self.cotangent.detach().flatten(2), self.input.detach().flatten(1)
+        norm = torch.linalg.vector_norm
+        return norm(left, dim=-1) * norm(right, dim=-1) * self.shape[2:].numel() ** 0.5
+
+    def wide(self, samples: Sequence[int]) -> Tensor:
+        at = list(samples)
+        cotangent, input = widened(self.cotangent[:, at]), widened(self.input[at])
+        return self._taken(at, cotangent=cotangent, input=input).form()
 
     def weighted(self, weights: Tensor) -> Tensor:
         cotangent = torch.einsum("vn,vn...->n...", weights, self.cotangent)
@@ -164,11 +166,21 @@ class Conv(Structure):
             values[:, start:stop] = rows
         return Dense(values)
 
+    def rank_one(self, a: Tensor, b: Tensor) -> Tensor:
+        if self.groups > 1:
+            return super().rank_one(a, b)
+        output = self._convolved(b.view(1, *self.shape[1:]))
+        cotangent = self.cotangent.sum(0) if self.columns > 1 else self.cotangent[0]
+        return torch.einsum("o,nkop,nkp->", a, cotangent.flatten(3), output.flatten(2))
+
     def dots(self, direction: Tensor) -> Tensor:
         # <row, d> is the cotangent's product with the convolution of the input by d.
+        return (self.cotangent * self._convolved(direction)).flatten(2).sum(-1)
+
+    def _convolved(self, kernel: Tensor) -> Tensor:
         output = torch.convolution(
             self.input.flatten(0, 1),
-            direction,
+            kernel,
             None,
             self.stride,
             self.padding,
@@ -177,8 +189,7 @@ class Conv(Structure):
             [0] * len(self.stride),
             self.groups,
         )
-        output = output.unflatten(0, self.input.shape[:2])
-        return (self.cotangent * output).flatten(2).sum(-1)
+        return output.unflatten(0, self.input.shape[:2])
 
     def _weight_gradient(self, cotangent: Tensor, input: Tensor, groups: int) -> Tensor:
         shape = (cotangent.shape[1], input.shape[1] // groups, *self.shape[2:])

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Size, Tensor
 
-from curvopt.structures.base import Structure, squared_norm
+from curvopt.structures.base import Structure
+from curvopt.structures.numerics import squared_norm
 
 
 class Shift(Structure):
@@ -50,8 +51,14 @@ class Shift(Structure):
     def sum_of_squares(self) -> Tensor:
         return (self.values * self.values).sum((0, 1))
 
-    def squared_norms(self) -> Tensor:
-        return squared_norm(self.values, 2)
+    def moments(self, scale: float = 1.0) -> tuple[Tensor, Tensor]:
+        values = (self.values if scale == 1 else self.values * scale).flatten(0, 1)
+        total = values.sum(0)
+        apart = values - total / max(1, len(values))
+        return total, (apart * apart).sum(0)
+
+    def gauge(self) -> tuple[Tensor, Tensor | None]:
+        return squared_norm(self.values, 2), None
 
 
 class Scale(Shift):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
 from curvopt.structures.base import Structure
@@ -34,8 +36,23 @@ class Folded(Structure):
     def sum_of_squares(self) -> Tensor:
         return self.inner.sum_of_squares()
 
-    def squared_norms(self) -> Tensor:
-        return self._unfold(self.inner.squared_norms()[0])
+    def moments(self, scale: float = 1.0) -> tuple[Tensor, Tensor]:
+        return self.inner.moments(scale)
+
+    def gauge(self) -> tuple[Tensor, Tensor | None]:
+        squares, doubt = self.inner.gauge()
+        return self._unfold(squares[0]), None if doubt is None else self._unfold(doubt[0])
+
+    def reach(self) -> Tensor | None:
+        reach = self.inner.reach()
+        return None if reach is None else self._unfold(reach[0])
+
+    def wide(self, samples: Sequence[int]) -> Tensor:
+        inner = [n * self.columns + v for n in samples for v in range(self.columns)]
+        return self._unfold(self.inner.wide(inner)[0])
+
+    def rank_one(self, a: Tensor, b: Tensor) -> Tensor:
+        return self.inner.rank_one(a, b)
 
     def dots(self, direction: Tensor) -> Tensor:
         return self._unfold(self.inner.dots(direction)[0])

@@ -11,6 +11,7 @@ from torch import Size, Tensor
 
 from curvopt.structures.base import Structure
 from curvopt.structures.kronecker import Factors
+from curvopt.structures.numerics import small_beside, widened
 
 
 class Touched(NamedTuple):
@@ -20,11 +21,13 @@ class Touched(NamedTuple):
         values: ``[V, U, D]``.
         samples: ``[U]``.
         indices: ``[U]``.
+        pairs: which pair each lookup belongs to, ``[N * M]``.
     """
 
     values: Tensor
     samples: Tensor
     indices: Tensor
+    pairs: Tensor
 
 
 class Lookup(Structure):
@@ -50,10 +53,10 @@ class Lookup(Structure):
     @cached_property
     def touched(self) -> Touched:
         """The lookups, those of one table row by one sample summed."""
-        keys, inverse = self.keys(0, self.samples).unique(return_inverse=True)
-        values = scatter(self.values.flatten(1, 2), inverse, len(keys), 1)
+        keys, pairs = self.keys(0, self.samples).unique(return_inverse=True)
+        values = scatter(self.values.flatten(1, 2), pairs, len(keys), 1)
         samples = keys.div(self.shape[0], rounding_mode="floor")
-        return Touched(values, samples, keys - samples * self.shape[0])
+        return Touched(values, samples, keys - samples * self.shape[0], pairs)
 
     def rows(self, start: int, stop: int) -> Tensor:
         values, keys = self.values[:, start:stop].flatten(1, 2), self.keys(start, stop)
@@ -75,18 +78,42 @@ class Lookup(Structure):
         return scatter(values.flatten(0, 1), self.indices.flatten(), self.shape[0]).view(self.shape)
 
     def sum_of_squares(self) -> Tensor:
-        values, _, indices = self.touched
+        values, _, indices, _ = self.touched
         return scatter(values.square().sum(0), indices, self.shape[0]).view(self.shape)
 
+    def moments(self, scale: float = 1.0) -> tuple[Tensor, Tensor]:
+        (values, _, indices, _), total = self.touched, self.sum()
+        number = self.columns * self.samples
+        mean = total.view(self.shape[0], -1) / max(1, number)
+        around = scatter((values - mean[indices]).square().sum(0), indices, self.shape[0])
+        touched = self.columns * indices.bincount(minlength=self.shape[0]).unsqueeze(1)
+        around = (around + (number - touched) * mean.square()).view(self.shape)
+        return (total, around) if scale == 1 else (total * scale, around * scale**2)
+
     def batch_sum_of_squares(self) -> Tensor:
-        values, samples, indices = self.touched
+        values, samples, indices, _ = self.touched
         keys = samples * self.shape[0] + indices
         squares = scatter(values.square().sum(0), keys, self.samples * self.shape[0])
         return squares.view(self.samples, *self.shape)
 
-    def squared_norms(self) -> Tensor:
-        values, samples, _ = self.touched
-        return scatter(values.square().sum(-1), samples, self.samples, 1)
+    def gauge(self) -> tuple[Tensor, Tensor | None]:
+        values, samples, _, _ = self.touched
+        squares = scatter(values.square().sum(-1), samples, self.samples, 1)
+        if values.shape[1] == self.indices.numel():  # none twice
+            return squares, None
+        return squares, small_beside(squares, self.reach())
+
+    def reach(self) -> Tensor:
+        touched, lengths = self.touched, torch.linalg.vector_norm(self.values.detach(), dim=-1)
+        lengths = scatter(lengths.flatten(1), touched.pairs, len(touched.samples), 1)
+        return scatter(lengths.square(), touched.samples, self.samples, 1).sqrt()
+
+    def wide(self, samples: Sequence[int]) -> Tensor:
+        at = list(samples)
+        return Lookup(widened(self.values[:, at]), self.indices[at], self.shape).form()
+
+    def rank_one(self, a: Tensor, b: Tensor) -> Tensor:
+        return (self.values @ b * a[self.indices]).sum()
 
     def dots(self, direction: Tensor) -> Tensor:
         looked_up = direction.reshape(self.shape[0], -1)[self.indices]

@@ -8,9 +8,16 @@ from copy import copy
 import torch
 from torch import Size, Tensor
 
-from curvopt.structures.base import Structure, scale_smaller, squared_norm, sum_tensors
-from curvopt.structures.dense import Dense
+from curvopt.structures.base import BLOCK, SPREAD, Dense, Structure
 from curvopt.structures.kronecker import Factors
+from curvopt.structures.numerics import (
+    cancels,
+    scale_smaller,
+    squared_norm,
+    sum_tensors,
+    units,
+    widened,
+)
 
 
 class Outer(Structure):
@@ -63,11 +70,35 @@ class Outer(Structure):
         return self._contract(self._left_energy(), self.right * self.right)
 
     def moments(self, scale: float = 1.0) -> tuple[Tensor, Tensor]:
+        if self.tokens != 1 or self.columns != 1:
+            return super().moments(scale)
         scaled = self
         if scale != 1:  # the factor is smaller than the product
             scaled = copy(self)
             scaled.left = self.left * scale
-        return scaled.sum(), scaled.sum_of_squares()
+        total, scatter, share = scaled.sum(), scaled.sum_of_squares(), 1 / max(1, self.samples)
+        # Two products tell of every element but those where the rows hardly differ.
+        limit = units(total, SPREAD)
+        scatter.addcmul_(total, total, value=-share * (1 + limit))
+        where = None
+        if scatter.numel() and scatter.detach().amin() < 0:  # the host waits for it
+            where = scatter < 0
+        scatter.addcmul_(total, total, value=share * limit)
+        if where is not None:
+            scaled._spread_again(scatter, where)
+        return total, scatter
+
+    def _spread_again(self, scatter: Tensor, where: Tensor) -> None:
+        """Compute some elements of the scatter from their rows' own elements."""
+        left = self.left[0, :, :, 0].permute(1, 2, 0).contiguous()  # [G, O, N]
+        right = self.right[:, :, 0].permute(1, 2, 0).contiguous()
+        scatter, where = self._matrix(scatter), self._matrix(where)
+        size = max(1, BLOCK // max(1, self.samples * self.inputs))
+        for outputs in where.any(-1).nonzero().split(size):
+            index, i = where[outputs[:, 0], outputs[:, 1]].nonzero(as_tuple=True)
+            g, o = outputs[index].unbind(1)
+            rows = left[g, o] * right[g, i]
+            scatter[g, o, i] = (rows - rows.mean(-1, keepdim=True)).square().sum(-1)
 
     def batch_sum_of_squares(self) -> Tensor:
         if self.tokens != 1:
@@ -84,21 +115,50 @@ class Outer(Structure):
             return Outer(energy[None], right, self.shape, transposed=self.transposed).form()[0]
         return self._contract(energy, right)
 
-    def squared_norms(self) -> Tensor:
+    def gauge(self) -> tuple[Tensor, Tensor | None]:
         if self.tokens == 1:
-            return (squared_norm(self.left, 3) * squared_norm(self.right, 2)).sum(-1)
+            return (squared_norm(self.left, 3) * squared_norm(self.right, 2)).sum(-1), None
         t, o, i = self.tokens, self.outputs, self.inputs
         # Gram matrices of the tokens, 2 T^2 (O + I) flops, or the formed rows, 2 T O I.
         if t * (o + i) >= o * i:
-            return super().squared_norms()
-        gram = self.right @ self.right.mT
-        if self.columns == 1:
-            return (self.left[0] @ self.left[0].mT).mul(gram).sum((-3, -2, -1)).unsqueeze(0)
-        return torch.stack([(g @ g.mT).mul(gram).sum((-3, -2, -1)) for g in self.left])
+            return super().gauge()
+        gram, axes = self.right @ self.right.mT, (-3, -2, -1)
+        squares, absolute = [], []
+        for left in self.left:
+            products = (left @ left.mT).mul(gram)
+            squares.append(products.sum(axes))
+            absolute.append(torch.linalg.vector_norm(products.detach(), 1, axes))
+        total = torch.stack(squares)
+        return total, cancels(total, torch.stack(absolute))
+
+    def reach(self) -> Tensor | None:
+        if self.tokens == 1:
+            return None
+        norm = torch.linalg.vector_norm
+        return (norm(self.left.detach(), dim=-1) * norm(self.right.detach(), dim=-1)).sum((-2, -1))
+
+    def wide(self, samples: Sequence[int]) -> Tensor:
+        at = list(samples)
+        left, right = widened(self.left[:, at]), widened(self.right[at])
+        return self._taken(at, left=left, right=right).form()
 
     def settled(self) -> Structure:
         t, o, i = self.tokens, self.outputs, self.inputs
         return Dense(self.form()) if t > 1 and t * (o + i) >= o * i else self
+
+    def rank_one(self, a: Tensor, b: Tensor) -> Tensor:
+        rows = self.inputs if self.transposed else self.outputs
+        if len(a) != self.groups * rows:  # the first axis of the parameter is none of the matrix
+            return super().rank_one(a, b)
+        left = self.left.sum(0) if self.columns > 1 else self.left[0]
+        along, across = (b, a) if self.transposed else (a, b)
+        return torch.sum(self._along(left, along) * self._along(self.right, across))
+
+    def _along(self, factor: Tensor, vector: Tensor) -> Tensor:
+        """A factor's inner products with a vector, or each group's with its part: [N, G, T]."""
+        if len(vector) == factor.shape[-1]:
+            return factor @ vector
+        return (factor @ vector.view(self.groups, -1, 1)).squeeze(-1)
 
     def dots(self, direction: Tensor) -> Tensor:
         matrix = self._matrix(direction)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Size, Tensor
 
 from curvopt.structures.base import Structure
@@ -33,11 +35,21 @@ class Permuted(Structure):
     def sum_of_squares(self) -> Tensor:
         return self._permute(self.inner.sum_of_squares(), 0)
 
+    def moments(self, scale: float = 1.0) -> tuple[Tensor, Tensor]:
+        total, scatter = self.inner.moments(scale)
+        return self._permute(total, 0), self._permute(scatter, 0)
+
     def batch_sum_of_squares(self) -> Tensor:
         return self._permute(self.inner.batch_sum_of_squares(), 1)
 
-    def squared_norms(self) -> Tensor:
-        return self.inner.squared_norms()
+    def gauge(self) -> tuple[Tensor, Tensor | None]:
+        return self.inner.gauge()
+
+    def reach(self) -> Tensor | None:
+        return self.inner.reach()
+
+    def wide(self, samples: Sequence[int]) -> Tensor:
+        return self._permute(self.inner.wide(samples), 2)
 
     def weighted(self, weights: Tensor) -> Tensor:
         return self._permute(self.inner.weighted(weights), 0)
@@ -49,6 +61,11 @@ class Permuted(Structure):
 
     def settled(self) -> Structure:
         return Permuted(self.inner.settled(), self.order, self.shape)
+
+    def rank_one(self, a: Tensor, b: Tensor) -> Tensor:
+        if self.order != [1, 0] or len(self.shape) != 2:
+            return super().rank_one(a, b)
+        return self.inner.rank_one(b, a)  # a matrix, transposed
 
     def dots(self, direction: Tensor) -> Tensor:
         inverse = sorted(range(len(self.order)), key=self.order.__getitem__)

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from curvopt.structures.base import Structure, sum_tensors
+from curvopt.structures.base import Structure
 from curvopt.structures.kronecker import Factors
 from curvopt.structures.lookup import Lookup
+from curvopt.structures.numerics import cancels, sum_tensors
 from curvopt.structures.outer import Outer
 
 
@@ -33,6 +34,18 @@ class Total(Structure):
     def sum(self, weights: Tensor | None = None) -> Tensor:
         return sum_tensors([part.sum(weights) for part in self.parts])
 
+    def reach(self) -> Tensor:
+        reaches = [(part, part.reach()) for part in self.parts]
+        return sum_tensors(
+            [part.gauge()[0].detach().sqrt() if r is None else r for part, r in reaches]
+        )
+
+    def wide(self, samples: Sequence[int]) -> Tensor:
+        return sum_tensors([part.wide(samples) for part in self.parts])
+
+    def rank_one(self, a: Tensor, b: Tensor) -> Tensor:
+        return sum_tensors([part.rank_one(a, b) for part in self.parts])
+
     def dots(self, direction: Tensor) -> Tensor:
         return sum_tensors([part.dots(direction) for part in self.parts])
 
@@ -46,11 +59,18 @@ class Disjoint(Total):
     def sum_of_squares(self) -> Tensor:
         return sum_tensors([part.sum_of_squares() for part in self.parts])
 
+    def moments(self, scale: float = 1.0) -> tuple[Tensor, Tensor]:
+        totals, scatters = zip(*(part.moments(scale) for part in self.parts), strict=True)
+        return sum_tensors([*totals]), sum_tensors([*scatters])
+
     def batch_sum_of_squares(self) -> Tensor:
         return sum_tensors([part.batch_sum_of_squares() for part in self.parts])
 
-    def squared_norms(self) -> Tensor:
-        return sum_tensors([part.squared_norms() for part in self.parts])
+    def gauge(self) -> tuple[Tensor, Tensor | None]:
+        gauges = [part.gauge() for part in self.parts]
+        doubts = [doubt for _, doubt in gauges if doubt is not None]
+        squares = sum_tensors([squares for squares, _ in gauges])
+        return squares, torch.stack(doubts).any(0) if doubts else None
 
 
 class Tied(Total):
@@ -85,9 +105,13 @@ class Tied(Total):
         twice = Lookup(2 * self.meeting().sum(0, keepdim=True), self.lookup.indices, self.shape)
         return (squares + twice.form()[0]).clamp(min=0)
 
-    def squared_norms(self) -> Tensor:
-        squares = self.lookup.squared_norms() + self.matrix.squared_norms()
-        return (squares + 2 * self.meeting().sum((-2, -1))).clamp(min=0)
+    def gauge(self) -> tuple[Tensor, Tensor | None]:
+        gauges = [part.gauge() for part in self.parts]
+        (lookups, _), (products, _) = gauges
+        squares = lookups + products + 2 * self.meeting().sum((-2, -1))
+        absolute = (lookups.detach().sqrt() + products.detach().sqrt()).square()
+        doubts = [doubt for _, doubt in gauges if doubt is not None]
+        return squares, torch.stack([cancels(squares, absolute), *doubts]).any(0)
 
 
 class Pulled(Structure):
@@ -159,6 +183,12 @@ class Pulled(Structure):
             return self.pull(self.inner.sum_of_squares(), 0)
         return super().sum_of_squares()
 
+    def moments(self, scale: float = 1.0) -> tuple[Tensor, Tensor]:
+        if not self.isometry:
+            return super().moments(scale)
+        total, scatter = self.inner.moments(scale)
+        return self.pull(total, 0), self.pull(scatter, 0)
+
     def batch_sum_of_squares(self) -> Tensor:
         if self.isometry:
             return self.pull(self.inner.batch_sum_of_squares(), 1)
@@ -169,8 +199,14 @@ class Pulled(Structure):
             return self.pull(self.inner.cross(other.inner, batch), int(batch))
         return super().cross(other, batch)
 
-    def squared_norms(self) -> Tensor:
-        return self.inner.squared_norms() if self.isometry else super().squared_norms()
+    def gauge(self) -> tuple[Tensor, Tensor | None]:
+        return self.inner.gauge() if self.isometry else super().gauge()
+
+    def reach(self) -> Tensor | None:
+        return self.inner.reach() if self.isometry else None
+
+    def wide(self, samples: Sequence[int]) -> Tensor:
+        return self.pull(self.inner.wide(samples), 2)
 
     def weighted(self, weights: Tensor) -> Tensor:
         return self.pull(self.inner.weighted(self._weights(weights)), 0)

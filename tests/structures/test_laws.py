@@ -4,13 +4,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from curvopt.engine.samples import Layout
+from curvopt.axes.layout import Layout
 from curvopt.structures import (
     Conv,
     Dense,
     Disjoint,
     Folded,
     Lookup,
+    Mended,
     Outer,
     Own,
     Permuted,
@@ -84,7 +85,7 @@ def own(kind, k):
     cotangent, layout = normal(2, N, k, 4), Layout(kind, N, k)
     rows = torch.stack([cotangent * (torch.arange(N) == n).view(N, 1, 1) for n in range(N)], 1)
     rows = torch.stack([layout.merge(row, 1) for row in rows.unbind(1)], 1)
-    return Own(cotangent, layout), rows
+    return Own(cotangent, layout, rows.shape[2:]), rows
 
 
 def pulled(derive, isometry=False):
@@ -132,6 +133,16 @@ def permuted(order, shape):
     return Permuted(inner, order, torch.Size(shape)), rows
 
 
+def permuted_matrix():
+    inner, rows = outer(2, 1, 4, 3, 2)
+    return Permuted(inner, [1, 0], torch.Size([2, 3])), rows.mT
+
+
+def mended(made, doubt):
+    structure, rows = made
+    return Mended(structure, torch.tensor(doubt)), rows
+
+
 def several(kind, *parts):
     structures, rows = zip(*parts, strict=True)
     return kind(list(structures)), sum(rows)
@@ -160,6 +171,7 @@ STRUCTURES = {
     "conv-volume": lambda: convolution(1, 1, (2, 3, 2), (2, 1, 2, 2, 2), padding=1),
     "conv-volume-large": lambda: convolution(2, 2, (4, 4, 5), (2, 1, 1, 2, 2), groups=2),
     "permuted": lambda: permuted([1, 0, 2], (2, 3)),
+    "permuted-matrix": permuted_matrix,
     "permuted-axes": lambda: permuted([2, 1, 0], (1, 2, 3)),
     "shift": lambda: shift(1, (1, 4), (1, 4), (4,)),
     "shift-tokens": lambda: shift(2, (5, 4), (1, 4), (4,)),
@@ -194,6 +206,10 @@ STRUCTURES = {
         total, outer(1, 1, 1, 4, 3), outer(1, 1, 5, 3, 4, transposed=True)
     ),
     "disjoint": lambda: halves(Disjoint),
+    "mended": lambda: mended(outer(1, 1, 2, 8, 9), [[False, True, False]]),
+    "mended-columns": lambda: mended(
+        lookup(2, (4, 2), [1, 1, 2], [0, 0, 1], [3, 3, 3]), [[True, False, False], [False] * 3]
+    ),
     "total-separate": lambda: halves(total),
 }
 
@@ -208,7 +224,9 @@ REDUCTIONS = {  # by their definition, from rows [V, N, *shape]
     "sum-of-squares": (lambda s: s.sum_of_squares(), lambda rows: rows.square().sum((0, 1))),
     "moments": (
         lambda s: torch.stack(s.moments()),
-        lambda rows: torch.stack([rows.sum((0, 1)), rows.square().sum((0, 1))]),
+        lambda rows: torch.stack(
+            [rows.sum((0, 1)), (rows - rows.mean((0, 1))).square().sum((0, 1))]
+        ),
     ),
     "batch-sum-of-squares": (
         lambda s: s.batch_sum_of_squares(),
@@ -226,7 +244,25 @@ REDUCTIONS = {  # by their definition, from rows [V, N, *shape]
             .sum(-1)
         ),
     ),
+    "rank-one": (
+        lambda s: s.rank_one(*factors(s.shape)),
+        lambda rows: torch.einsum("vnij,i,j->", matrices(rows), *factors(rows.shape[2:])),
+    ),
 }
+
+
+def factors(shape):
+    """A direction of rank one: a number for each row of the parameter, and one for each column."""
+    rows, columns = (*shape[:1], 1)[0], shape[1:].numel()
+    a, b = (torch.arange(1.0, n + 1, dtype=torch.float64) for n in (rows, columns))
+    return a.cos(), (2 * b).sin()
+
+
+def matrices(rows):
+    lead = rows.shape[:2]
+    return rows.reshape(*lead, (*rows.shape[2:3], 1)[0], -1)
+
+
 WEIGHTS = torch.tensor([0.5, -2.0, 0.0], dtype=torch.float64)
 
 
@@ -242,6 +278,26 @@ def test_reduction_equals_the_formed_rows(structure, reduction):
     value, rows = STRUCTURES[structure]()
     fast, definition = REDUCTIONS[reduction]
     assert_close(fast(value), definition(rows), 1e-12)
+
+
+@pytest.mark.parametrize("reduction", ["rows", "sum", "weighted-sum", "squared-norms"])
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_mended_rows_are_the_rows(structure, reduction):
+    value, rows = STRUCTURES[structure]()
+    fast, definition = REDUCTIONS[reduction]
+    for doubt in ([True] * 3, [False, True, False], [False] * 3):
+        assert_close(fast(Mended(value, torch.tensor([doubt]))), definition(rows), 1e-12)
+
+
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_random_rows_are_not_in_doubt(structure):
+    """The terms of a row are at most so long as `reach` says, and do not cancel."""
+    value, rows = STRUCTURES[structure]()
+    squares, doubt = value.gauge()
+    assert_close(squares, REDUCTIONS["squared-norms"][1](rows), 1e-12)
+    assert doubt is None or not doubt.any()
+    reach = value.reach()
+    assert reach is None or (reach.square() > 0.999 * squares).all()
 
 
 @pytest.mark.parametrize("structure", STRUCTURES)
