@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from curvopt.engine.samples import Layout, layouts
+from curvopt.axes.layout import Layout
 from curvopt.errors import CurvoptError
 
 
@@ -26,7 +25,9 @@ class Loss(ABC):
         reduction: ``"mean"``, ``"sum"`` or ``"none"``.
 
     Attributes:
-        ending: how the rows were reduced afterwards, or how the user says they were.
+        mark: the output's place in the trace of the pass.
+        begin: number of ops before the call.
+        value_at, value_ref: the value's place.
     """
 
     name = "loss"
@@ -36,7 +37,10 @@ class Loss(ABC):
     def __init__(self, output: Tensor, value: Tensor, reduction: str):
         self.output, self.value, self.reduction = output, value, reduction
         self.version = output._version
-        self.ending: str | None = None
+        self.mark: Any = None
+        self.begin: Any = None
+        self.value_at: Any = None
+        self.value_ref: Any = None
 
     @property
     def z(self) -> Tensor:
@@ -53,18 +57,15 @@ class Loss(ABC):
         """Shape of the tokens: of the output for losses of elements."""
         return self.output.shape
 
-    def layouts(self, n: int) -> Iterator[Layout]:
-        """Ways in which the output can hold n samples; axis 1 may only be time, not a feature."""
-        return (
-            layout
-            for layout in layouts(self.output.shape, n)
-            if layout.kind != "time" or self.output.ndim > 2
-        )
+    def token_axes(self, ndim: int) -> set[int]:
+        """Axes of the output along which samples may lie."""
+        return set(range(ndim))
 
     def share(self, layout: Layout) -> float | Tensor:
         """Sample n's share w_n of the value, ``value = sum_n w_n (sample n's own loss)``."""
-        kind = self.ending if self.reduction == "none" else self.reduction
-        return 1.0 if kind == "sum" else 1.0 / layout.n
+        if self.reduction in ("sum", "none"):
+            return 1.0
+        return layout.share(self.output)
 
     def reduced(self, upstream: Tensor) -> Tensor:
         """Derivative of the loss as a whole in each token's unreduced loss (broadcastable).
@@ -124,6 +125,8 @@ class Loss(ABC):
 
     def columns_per_sample(self, layout: Layout) -> int:
         """Columns of the exact root per sample: tokens of a sample times `width`."""
+        if layout.kind == "gather":
+            return layout.k * math.prod(self.token_shape[layout.axes :]) * self.width
         return math.prod(self.token_shape) // max(layout.n, 1) * self.width
 
     def columns(self, start: int, stop: int, scale: Tensor, layout: Layout) -> Tensor:
@@ -134,7 +137,8 @@ class Loss(ABC):
         inner = layout.split(scale).shape[1:]
         one_hot = eye.unflatten(1, (*inner, self.width)).unsqueeze(1)
         one_hot = one_hot.expand(-1, layout.n, *one_hot.shape[2:])
-        return self.apply_root(layout.merge(one_hot, 1) * scale.unsqueeze(-1))
+        merged = layout.merge(one_hot, 1, scale.shape[: layout.axes])
+        return self.apply_root(merged * scale.unsqueeze(-1))
 
     def sketch(
         self, columns: int, scale: Tensor, estimator: str, generator: torch.Generator | None
@@ -156,7 +160,8 @@ def per_sample(rows: Tensor, factor: float | Tensor, layout: Layout) -> Tensor:
     if not isinstance(factor, Tensor):
         return rows if factor == 1.0 else rows * factor
     split = layout.split(rows)
-    return layout.merge(split * factor.view(-1, *[1] * (split.ndim - 1)))
+    scaled = split * factor.view(-1, *[1] * (split.ndim - 1))
+    return layout.merge(scaled, 0, rows.shape[: layout.axes])
 
 
 def reduction_of(arguments: dict[str, Any]) -> str:

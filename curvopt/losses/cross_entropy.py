@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from functools import cached_property
 from typing import Any
 
@@ -10,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from curvopt.engine.samples import Layout
+from curvopt.axes.layout import Layout
 from curvopt.errors import CurvoptError
 from curvopt.losses.base import Loss, random_signs, reduction_of
 from curvopt.losses.registry import loss
@@ -52,9 +51,9 @@ class CrossEntropy(Loss):
     def probabilities_given(self) -> bool:
         return self.target.is_floating_point()
 
-    def layouts(self, n: int) -> Iterator[Layout]:
+    def token_axes(self, ndim: int) -> set[int]:
         """Axis 1 holds the classes."""
-        return (layout for layout in super().layouts(n) if layout.kind != "time")
+        return set(range(ndim)) - {1}
 
     def spread(self, per_token: Tensor) -> Tensor:
         return per_token.unsqueeze(1)
@@ -134,7 +133,7 @@ class CrossEntropy(Loss):
         return p - F.one_hot(labels, self.classes).movedim(-1, 2)
 
 
-@loss(F.cross_entropy)
+@loss(F.cross_entropy, of_rows=True)
 def cross_entropy(
     output: Tensor, value: Tensor, target: Tensor, weight: Tensor | None = None,
     size_average: Any = None, ignore_index: int = -100, reduce: Any = None,
@@ -145,7 +144,7 @@ def cross_entropy(
     return CrossEntropy(output, value, reduction, target, weight, ignore_index, label_smoothing)
 
 
-@loss(F.nll_loss)
+@loss(F.nll_loss, of_rows=True)
 def nll_loss(
     output: Tensor, value: Tensor, target: Tensor, weight: Tensor | None = None,
     size_average: Any = None, ignore_index: int = -100, reduce: Any = None,

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from curvopt.engine.samples import Layout
+from curvopt.axes.layout import Layout
 from curvopt.errors import CurvoptError
 from curvopt.losses.base import Loss, reduction_of
 from curvopt.losses.cross_entropy import CrossEntropy, Likelihood
@@ -68,6 +68,10 @@ class RowWise(Loss):
     def token_shape(self) -> torch.Size:
         return self.output.shape[:1]
 
+    def token_axes(self, ndim: int) -> set[int]:
+        """A row is one token."""
+        return {0}
+
     def spread(self, per_token: Tensor) -> Tensor:
         return per_token.view(-1, *[1] * (self.output.ndim - 1))
 
@@ -110,7 +114,7 @@ class Closure(RowWise):
         self.ending = ending
 
     def share(self, layout: Layout) -> float | Tensor:
-        return 1.0 if self.ending == "sum" else 1.0 / layout.n
+        return 1.0 if self.ending == "sum" else layout.share(self.output)
 
     def slope(self) -> tuple[Tensor, Tensor]:
         z = self.z

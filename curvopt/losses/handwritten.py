@@ -4,21 +4,21 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from curvopt.engine.samples import Layout
+from curvopt.axes.layout import Layout
 from curvopt.errors import CurvoptError
 from curvopt.losses.base import Loss
 
 
 class Reduction(Loss):
-    """``mean()`` or ``sum()`` of a tensor over all of its elements."""
+    """``mean()`` or ``sum()`` of a tensor, over all of its elements or some of its axes."""
 
     def __init__(self, output: Tensor, value: Tensor, reduction: str, name: str = ""):
         super().__init__(output, value, reduction)
         self.name = name or f"{reduction}()"
 
     def share(self, layout: Layout) -> float | Tensor:
-        """As the user says, else as recorded."""
-        return 1.0 if (self.ending or self.reduction) == "sum" else 1.0 / layout.n
+        """Told by the way to the loss, on which the mean or sum is a step."""
+        return 1.0
 
     def curvature(self) -> Tensor:
         raise CurvoptError(

@@ -8,7 +8,6 @@ from curvopt.ops import (  # noqa: F401 (they register themselves)
     embedding,
     linear,
     norm,
-    of_samples,
     recurrent,
     transposed,
 )

@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Size, Tensor
 
-from curvopt.engine.evidence import combines_samples, gives_copies
-from curvopt.engine.registry import composition, rule
 from curvopt.errors import Uncovered
+from curvopt.ops.registry import Arguments, composition, rule
+from curvopt.ops.use import UseView
 from curvopt.structures import Scale, Shift, Structure
 
-if TYPE_CHECKING:
-    from curvopt.engine.registry import Arguments
-    from curvopt.engine.tape import Tape, UseView
+
+def no_larger(arguments: Arguments, is_shared: Callable[[Tensor], bool]) -> bool:
+    """Parameters and data that may be a mask for them: the output is no larger than they are."""
+    tensors = [value for value in arguments.values() if isinstance(value, Tensor)]
+    data = [tensor for tensor in tensors if not is_shared(tensor)]
+    if any(tensor.requires_grad for tensor in data):
+        return False
+    own = [tensor.shape for tensor in tensors if is_shared(tensor)]
+    return torch.broadcast_shapes(*(t.shape for t in tensors)) == torch.broadcast_shapes(*own)
 
 
 def elementwise(use: UseView, **derivatives: Callable[[], Tensor | float]) -> dict[str, Structure]:
@@ -57,7 +63,7 @@ def always(*names: str) -> Callable[[Arguments], tuple[str, ...]]:
 @rule(
     *(torch.add, Tensor.add),
     parameters="input other",
-    applies=combines_samples,
+    opens=no_larger,
     unread=always("input", "other"),
 )
 def add(use: UseView, input: Tensor, other: Tensor, *, alpha: float = 1) -> dict[str, Structure]:
@@ -68,7 +74,7 @@ def add(use: UseView, input: Tensor, other: Tensor, *, alpha: float = 1) -> dict
 @rule(
     *(torch.sub, Tensor.sub, torch.subtract, Tensor.subtract),
     parameters="input other",
-    applies=combines_samples,
+    opens=no_larger,
     unread=always("input", "other"),
 )
 def sub(use: UseView, input: Tensor, other: Tensor, *, alpha: float = 1) -> dict[str, Structure]:
@@ -79,22 +85,22 @@ def sub(use: UseView, input: Tensor, other: Tensor, *, alpha: float = 1) -> dict
 @rule(
     *(torch.mul, Tensor.mul, torch.multiply, Tensor.multiply),
     parameters="input other",
-    applies=combines_samples,
+    opens=no_larger,
 )
 def mul(use: UseView, input: Tensor, other: Tensor) -> dict[str, Structure]:
     """``input * other``."""
     return elementwise(use, input=lambda: other, other=lambda: input)
 
 
-def _is_exact(tape: Tape, arguments: Arguments, all_shared: bool) -> bool:
-    exact = arguments["rounding_mode"] is None
-    return exact and combines_samples(tape, arguments, all_shared)
+def _is_exact(arguments: Arguments) -> bool:
+    return arguments["rounding_mode"] is None
 
 
 @rule(
     *(torch.div, Tensor.div, torch.divide, Tensor.divide, torch.true_divide, Tensor.true_divide),
     parameters="input other",
-    applies=_is_exact,
+    fits=_is_exact,
+    opens=no_larger,
 )
 def div(
     use: UseView, input: Tensor, other: Tensor, *, rounding_mode: str | None = None
@@ -106,7 +112,7 @@ def div(
 @rule(
     *(torch.addcmul, Tensor.addcmul),
     parameters="input tensor1 tensor2",
-    applies=combines_samples,
+    opens=no_larger,
 )
 def addcmul(
     use: UseView, input: Tensor, tensor1: Tensor, tensor2: Tensor, *, value: float = 1
@@ -120,7 +126,7 @@ def addcmul(
 @rule(
     *(torch.lerp, Tensor.lerp),
     parameters="input end weight",
-    applies=combines_samples,
+    opens=no_larger,
 )
 def lerp(use: UseView, input: Tensor, end: Tensor, weight: Tensor | float) -> dict[str, Structure]:
     """``input + weight * (end - input)``."""
@@ -129,9 +135,7 @@ def lerp(use: UseView, input: Tensor, end: Tensor, weight: Tensor | float) -> di
     )
 
 
-@rule(
-    torch.where, parameters="input other", applies=combines_samples, unread=always("input", "other")
-)
+@rule(torch.where, parameters="input other", opens=no_larger, unread=always("input", "other"))
 def where(use: UseView, condition: Tensor, input: Any, other: Any) -> dict[str, Structure]:
     """``input`` where the condition holds, else ``other``."""
     return elementwise(use, input=lambda: condition, other=lambda: ~condition)
@@ -174,29 +178,9 @@ def copies(use: UseView, input: Tensor) -> dict[str, Structure]:
     return {"input": Shift(use.cotangent, input.shape, aligned)}
 
 
-def _sizes(arguments: Arguments) -> tuple[int, ...]:
-    """Sizes that were given one by one, as one tuple, or by keyword."""
-    given = next((arguments[n] for n in ("sizes", "size", "dims") if arguments.get(n)), ())
-    return tuple(given[0] if given and isinstance(given[0], (tuple, list)) else given)
-
-
-def _expanded(arguments: Arguments) -> list[int]:
-    sizes, shape = _sizes(arguments), arguments["input"].shape
-    before = (1,) * (len(sizes) - len(shape)) + shape
-    return [old if new == -1 else new for old, new in zip(before, sizes, strict=True)]
-
-
-def _repeated(arguments: Arguments) -> list[int]:
-    times, shape = _sizes(arguments), arguments["input"].shape
-    ndim = max(len(times), len(shape))
-    padded = [(1,) * (ndim - len(sizes)) + tuple(sizes) for sizes in (times, shape)]
-    return [number * size for number, size in zip(*padded, strict=True)]
-
-
 @rule(
     *(Tensor.expand, Tensor.broadcast_to, torch.broadcast_to),
     parameters="input",
-    applies=gives_copies(_expanded),
 )
 def expand(use: UseView, input: Tensor, *sizes: Any, **options: Any) -> dict[str, Structure]:
     """``input.expand(*sizes)``."""
@@ -206,7 +190,7 @@ def expand(use: UseView, input: Tensor, *sizes: Any, **options: Any) -> dict[str
 @rule(
     Tensor.expand_as,
     parameters="input",
-    applies=gives_copies(lambda arguments: arguments["other"].shape),
+    opens=lambda arguments, is_shared: True,
     unread=always("other"),
 )
 def expand_as(use: UseView, input: Tensor, other: Tensor) -> dict[str, Structure]:
@@ -217,7 +201,6 @@ def expand_as(use: UseView, input: Tensor, other: Tensor) -> dict[str, Structure
 @rule(
     *(Tensor.repeat, Tensor.tile, torch.tile),
     parameters="input",
-    applies=gives_copies(_repeated),
 )
 def repeat(use: UseView, input: Tensor, *sizes: Any, **options: Any) -> dict[str, Structure]:
     """``input.repeat(*sizes)``, where only axes of size 1 are repeated."""

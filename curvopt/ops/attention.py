@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from curvopt.engine.registry import composition
+from curvopt.ops.registry import composition
 
 
 @composition(F.scaled_dot_product_attention)

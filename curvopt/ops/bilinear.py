@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch.nn.functional as F
 from torch import Tensor
 
-from curvopt.engine.registry import rule
 from curvopt.ops.linear import shift
+from curvopt.ops.registry import rule
+from curvopt.ops.use import UseView
 from curvopt.structures import Outer, Structure
-
-if TYPE_CHECKING:
-    from curvopt.engine.tape import UseView
 
 
 @rule(F.bilinear, parameters="weight bias")

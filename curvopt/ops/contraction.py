@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
 
 from torch import Size, Tensor
 
-from curvopt.engine.samples import Layout
+from curvopt.axes.layout import Layout
 from curvopt.errors import Uncovered
+from curvopt.ops.use import UseView
 from curvopt.structures import Outer, Permuted, Structure
-
-if TYPE_CHECKING:
-    from curvopt.engine.tape import UseView
 
 
 def contraction(
@@ -33,6 +30,8 @@ def contraction(
     """
     cotangent, data = use.raw, data.to(use.dtype)
     layout = use.layout
+    if layout.kind == "gather" and layout.axes > 1:
+        raise use.on_samples(shape)
     if layout.n == 1:  # the whole batch is one sample: every axis is a token's
         cotangent, data = cotangent.unsqueeze(1), data.unsqueeze(0)
         out, data_letters, layout = "*" + out, "*" + data_letters, Layout("time", 1, 1)

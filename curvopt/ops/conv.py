@@ -2,30 +2,34 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor
 
-from curvopt.engine.registry import rule
+from curvopt.ops.registry import Arguments, rule
+from curvopt.ops.use import UseView
 from curvopt.structures import Conv, Shift, Structure
 
-if TYPE_CHECKING:
-    from curvopt.engine.registry import Arguments
-    from curvopt.engine.tape import Tape, UseView
 
-
-def batched(tape: Tape, arguments: Arguments, all_shared: bool) -> bool:
+def batched(arguments: Arguments) -> bool:
     """The input has a batch axis."""
-    return not all_shared and arguments["input"].ndim == arguments["weight"].ndim
+    return bool(arguments["input"].ndim == arguments["weight"].ndim)
 
 
-@rule(F.conv1d, F.conv2d, F.conv3d, parameters="weight bias", applies=batched)
+def whole_maps(use: UseView, weight: Tensor) -> None:
+    """Refuse samples on an axis of the maps."""
+    if use.cotangent.ndim != weight.ndim + 2:
+        raise use.on_samples(weight.shape)
+
+
+@rule(F.conv1d, F.conv2d, F.conv3d, parameters="weight bias", fits=batched)
 def convolution(
     use: UseView, input: Tensor, weight: Tensor, bias: Tensor | None = None,
     stride: Any = 1, padding: Any = 0, dilation: Any = 1, groups: int = 1,
 ) -> dict[str, Structure]:  # fmt: skip
     """Cross-correlation; padding modes other than zeros pad the input beforehand."""
+    whole_maps(use, weight)
     spatial = weight.ndim - 2
     stride, dilation = per_axis(stride, spatial), per_axis(dilation, spatial)
     rows = use.rows(input)

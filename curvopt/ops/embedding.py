@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from curvopt.engine.evidence import has_data, indexes_samples, looks_up_samples
-from curvopt.engine.registry import rule
 from curvopt.errors import CurvoptError, Uncovered
+from curvopt.ops.registry import Arguments, rule
+from curvopt.ops.use import UseView
 from curvopt.structures import Lookup, Structure
 
-if TYPE_CHECKING:
-    from curvopt.engine.registry import Applies, Arguments
-    from curvopt.engine.tape import Tape, UseView
 
-
-def _plain(applies: Applies) -> Applies:
+def _plain(arguments: Arguments) -> bool:
     """Refuse options under which a row's gradient is no sum over its lookups."""
     advice = {
         "max_norm": "rescales the table in place during the forward pass; rescale it after a step",
@@ -26,17 +20,23 @@ def _plain(applies: Applies) -> Applies:
         "of its own; leave it out",
         "sparse": "asks for sparse gradients, and curvopt's are dense; leave it out",
     }
+    for option, reason in advice.items():
+        if arguments[option]:
+            shape = list(arguments["weight"].shape)
+            raise CurvoptError(
+                f"an embedding {shape} with {option}={arguments[option]}: it {reason}"
+            )
+    return True
 
-    def checked(tape: Tape, arguments: Arguments, all_shared: bool) -> bool:
-        for option, reason in advice.items():
-            if arguments[option]:
-                shape = list(arguments["weight"].shape)
-                raise CurvoptError(
-                    f"an embedding {shape} with {option}={arguments[option]}: it {reason}"
-                )
-        return applies(tape, arguments, all_shared)
 
-    return checked
+def _integers(arguments: Arguments) -> bool:
+    """One tensor of indices, no mask."""
+    index = arguments["index"]
+    return isinstance(index, Tensor) and index.dtype != torch.bool
+
+
+def _of_rows(arguments: Arguments) -> bool:
+    return arguments["dim"] in (0, -arguments["input"].ndim)
 
 
 def lookup(values: Tensor, indices: Tensor, table: Tensor) -> Lookup:
@@ -53,7 +53,7 @@ def lookup(values: Tensor, indices: Tensor, table: Tensor) -> Lookup:
     return Lookup(values.reshape(v, n, count, width), indices.reshape(n, count), table.shape)
 
 
-@rule(F.embedding, parameters="weight", applies=_plain(looks_up_samples))
+@rule(F.embedding, parameters="weight", fits=_plain)
 def embedding(
     use: UseView, input: Tensor, weight: Tensor, padding_idx: int | None = None,
     max_norm: float | None = None, norm_type: float = 2.0, scale_grad_by_freq: bool = False,
@@ -66,7 +66,7 @@ def embedding(
     return {"weight": lookup(values, indices, weight)}
 
 
-@rule(F.embedding_bag, parameters="weight", applies=_plain(has_data))
+@rule(F.embedding_bag, parameters="weight", fits=_plain)
 def embedding_bag(
     use: UseView, input: Tensor, weight: Tensor, offsets: Tensor | None = None,
     max_norm: float | None = None, norm_type: float = 2, scale_grad_by_freq: bool = False,
@@ -105,20 +105,14 @@ def _in_rows(indices: Tensor, factors: Tensor, starts: Tensor) -> tuple[Tensor, 
 @rule(
     Tensor.__getitem__,
     parameters="input",
-    applies=indexes_samples,
+    fits=_integers,
 )
 def getitem(use: UseView, input: Tensor, index: Tensor) -> dict[str, Structure]:
     """``input[index]`` with one tensor of indices."""
     return {"input": lookup(use.cotangent, use.rows(index), input)}
 
 
-def _selects_rows(tape: Tape, arguments: Arguments, all_shared: bool) -> bool:
-    return arguments["dim"] in (0, -arguments["input"].ndim) and indexes_samples(
-        tape, arguments, all_shared
-    )
-
-
-@rule(torch.index_select, Tensor.index_select, parameters="input", applies=_selects_rows)
+@rule(torch.index_select, Tensor.index_select, parameters="input", fits=_of_rows)
 def index_select(use: UseView, input: Tensor, dim: int, index: Tensor) -> dict[str, Structure]:
     """``input[index]``."""
     return {"input": lookup(use.cotangent, use.rows(index), input)}

@@ -3,27 +3,24 @@
 from __future__ import annotations
 
 import string
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from curvopt.engine.registry import rule
 from curvopt.errors import Uncovered
 from curvopt.ops.contraction import contraction
+from curvopt.ops.registry import Arguments, rule
+from curvopt.ops.use import UseView
 from curvopt.structures import Outer, Shift, Structure
 
-if TYPE_CHECKING:
-    from curvopt.engine.registry import Arguments
-    from curvopt.engine.tape import Tape, UseView
+
+def _batched_linear(arguments: Arguments) -> bool:
+    return arguments["input"].ndim > 1 and arguments["weight"].ndim == 2
 
 
-def _batched_linear(tape: Tape, arguments: Arguments, all_shared: bool) -> bool:
-    return not all_shared and arguments["input"].ndim > 1 and arguments["weight"].ndim == 2
-
-
-@rule(F.linear, parameters="weight bias", applies=_batched_linear)
+@rule(F.linear, parameters="weight bias", fits=_batched_linear)
 def linear(
     use: UseView, input: Tensor, weight: Tensor, bias: Tensor | None = None
 ) -> dict[str, Structure]:
@@ -43,21 +40,10 @@ def shift(use: UseView, parameter: Tensor, factor: float = 1.0) -> Shift:
     return Shift(cotangent, parameter.shape, use.aligned(parameter.shape))
 
 
-def _one_side(names: tuple[str, str]) -> Any:
-    """A product covers a parameter on one side and data on the other."""
-
-    def applies(tape: Tape, arguments: Arguments, all_shared: bool) -> bool:
-        tracked = [tape.is_tracked(arguments[name]) for name in names]
-        return not all_shared and sum(tracked) < 2
-
-    return applies
-
-
-def _two_operands(tape: Tape, arguments: Arguments, all_shared: bool) -> bool:
+def _two_operands(arguments: Arguments) -> bool:
     """An einsum of two tensors, given by an equation."""
     given = isinstance(arguments["left"], Tensor) and isinstance(arguments["right"], Tensor)
-    plain = isinstance(arguments["equation"], str) and not arguments["others"]
-    return given and plain and _one_side(("left", "right"))(tape, arguments, all_shared)
+    return given and isinstance(arguments["equation"], str) and not arguments["others"]
 
 
 def product(
@@ -85,7 +71,7 @@ def product(
     Tensor.matmul,
     Tensor.__matmul__,
     parameters="input other",
-    applies=_one_side(("input", "other")),
+    one_of="input other",
 )
 def matmul(use: UseView, input: Tensor, other: Tensor) -> dict[str, Structure]:
     """``input @ other`` with a parameter on either side."""
@@ -98,14 +84,14 @@ def matmul(use: UseView, input: Tensor, other: Tensor) -> dict[str, Structure]:
     torch.bmm,
     Tensor.bmm,
     parameters="input mat2",
-    applies=_one_side(("input", "mat2")),
+    one_of="input mat2",
 )
 def mm(use: UseView, input: Tensor, mat2: Tensor) -> dict[str, Structure]:
     """``input @ mat2`` with a parameter on either side."""
     return product(use, input, mat2, ("input", "mat2"))
 
 
-@rule(Tensor.__rmatmul__, parameters="other input", applies=_one_side(("other", "input")))
+@rule(Tensor.__rmatmul__, parameters="other input", one_of="other input")
 def rmatmul(use: UseView, other: Tensor, input: Tensor) -> dict[str, Structure]:
     """``input @ other``, called on ``other``."""
     return product(use, input, other, ("input", "other"))
@@ -115,7 +101,7 @@ def rmatmul(use: UseView, other: Tensor, input: Tensor) -> dict[str, Structure]:
     torch.addmm,
     Tensor.addmm,
     parameters="input mat1 mat2",
-    applies=_one_side(("mat1", "mat2")),
+    one_of="mat1 mat2",
 )
 def addmm(
     use: UseView, input: Tensor, mat1: Tensor, mat2: Tensor, *, beta: float = 1, alpha: float = 1
@@ -132,7 +118,8 @@ def addmm(
 @rule(
     torch.functional.einsum,
     parameters="left right",
-    applies=_two_operands,
+    fits=_two_operands,
+    one_of="left right",
 )
 def einsum(
     use: UseView, equation: str, left: Any = None, right: Any = None, *others: Any

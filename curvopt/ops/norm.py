@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Size, Tensor
 
-from curvopt.engine.registry import rule
 from curvopt.ops.arithmetic import scaled
+from curvopt.ops.registry import Arguments, rule
+from curvopt.ops.use import UseView
 from curvopt.structures import Structure
-
-if TYPE_CHECKING:
-    from curvopt.engine.registry import Arguments
-    from curvopt.engine.tape import UseView
 
 
 def affine(use: UseView, normalized: Tensor, stands: Size | None = None) -> dict[str, Structure]:

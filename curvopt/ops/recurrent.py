@@ -9,7 +9,7 @@ each, with the time steps as tokens, while the recurrence itself runs unrecorded
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,13 +17,10 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 from torch.overrides import handle_torch_function, has_torch_function
 
-from curvopt.engine.registry import composition, rule
 from curvopt.ops.of_samples import of_samples
+from curvopt.ops.registry import composition, rule
+from curvopt.ops.use import UseView
 from curvopt.structures import Outer, Shift, Structure
-
-if TYPE_CHECKING:
-    from curvopt.engine.registry import Arguments
-    from curvopt.engine.tape import Tape, UseView
 
 # Attribute of a packed sequence's batch sizes: how its samples were sorted by length.
 ORDER = "_curvopt_order"
@@ -44,12 +41,28 @@ class Steps:
     def __init__(self, weight: Tensor, bias: Tensor | None, base: Tensor, axis: int):
         self.weight, self.axis = weight, axis
         self.inputs: list[Any] = [None] * base.shape[axis]
+        #: The graph nodes of each product: its own, and that of the weight behind it.
+        self.nodes: list[tuple[Any, Any]] = []
         self.bases = all_steps(weight, bias, base, self).unbind(axis)
 
     def __call__(self, t: int, input: Tensor) -> Tensor:
         """The product of step t."""
         self.inputs[t] = input
-        return torch.addmm(self.bases[t], input, self.weight.t())
+        turned = self.weight.t()
+        product = torch.addmm(self.bases[t], input, turned)
+        self.nodes += [(product.grad_fn, node) for node in _between(product, turned)]
+        return product
+
+
+def _between(product: Tensor, turned: Tensor) -> list[Any]:
+    """Graph nodes from a product to its turned weight: its own, and autocast's copy."""
+    for node, _ in product.grad_fn.next_functions if product.grad_fn else ():
+        chain = [node]
+        while chain[-1] is not None and chain[-1] is not turned.grad_fn and len(chain) < 4:
+            chain.append(next((n for n, _ in chain[-1].next_functions), None))
+        if chain[-1] is not None and chain[-1] is turned.grad_fn:
+            return chain
+    return [None]
 
 
 def all_steps(weight: Tensor, bias: Tensor | None, base: Tensor, steps: Steps) -> Tensor:
@@ -61,11 +74,7 @@ def all_steps(weight: Tensor, bias: Tensor | None, base: Tensor, steps: Steps) -
     return base if base.requires_grad else base.requires_grad_()
 
 
-def _always(tape: Tape, arguments: Arguments, all_shared: bool) -> bool:
-    return True
-
-
-@rule(all_steps, parameters="weight bias", applies=_always)
+@rule(all_steps, parameters="weight bias", nodes=lambda arguments: arguments["steps"].nodes)
 def _all_steps(
     use: UseView, weight: Tensor, bias: Tensor | None, base: Tensor, steps: Steps
 ) -> dict[str, Structure]:

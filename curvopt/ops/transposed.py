@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor
 
-from curvopt.engine.registry import rule
-from curvopt.ops.conv import batched, channel_bias, per_axis
+from curvopt.ops.conv import batched, channel_bias, per_axis, whole_maps
+from curvopt.ops.registry import rule
+from curvopt.ops.use import UseView
 from curvopt.structures import Conv, Folded, Structure
-
-if TYPE_CHECKING:
-    from curvopt.engine.tape import UseView
 
 
 @rule(
     *(F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d),
     parameters="weight bias",
-    applies=batched,
+    fits=batched,
 )
 def transposed_convolution(
     use: UseView, input: Tensor, weight: Tensor, bias: Tensor | None = None,
@@ -26,6 +24,7 @@ def transposed_convolution(
     dilation: Any = 1,
 ) -> dict[str, Structure]:  # fmt: skip
     """The adjoint of a convolution with this weight, whose input is now the output."""
+    whole_maps(use, weight)
     spatial = weight.ndim - 2
     stride, padding = per_axis(stride, spatial), per_axis(padding, spatial)
     # That convolution has further positions, which no input came from, behind the output padding.

@@ -74,14 +74,17 @@ def weighted_bag(x, w):
 
 
 class Ragged(nn.Module):
-    """Offsets and their bags for any batch: sample n has as many lookups as its data say."""
+    """Offsets and their bags for any batch: a sample's first lookups, or those its data say."""
 
-    def __init__(self, last=False, **options):
+    def __init__(self, last=False, of_data=False, **options):
         super().__init__()
         self.weight, self.last, self.options = nn.Parameter(torch.randn(5, 3)), last, options
+        self.of_data = of_data
 
     def forward(self, x):
-        kept = x > 0
+        kept = torch.arange(6).expand(len(x), 6) < 4
+        if self.of_data:
+            kept = x > 0
         offsets = torch.cat([torch.zeros(1, dtype=torch.long), kept.sum(1).cumsum(0)])
         offsets = offsets if self.last else offsets[:-1]
         options = {**self.options, "include_last_offset": self.last}
@@ -151,7 +154,7 @@ def test_options_that_are_refused(layer, option, match):
 
 def test_bags_with_max_are_slow_but_exact():
     problem = build(bags(mode="max"), (6,), LOSSES["mse"])
-    with pytest.warns(curvopt.engine.compute.SlowPathWarning, match="embedding_bag"):
+    with pytest.warns(curvopt.SlowPathWarning, match="embedding_bag"):
         result = curvopt.compute(problem.loss, problem.params, curvopt.BatchGrad())
     assert_close(result.batch_grad, batch_grad(*problem))
 
@@ -172,3 +175,10 @@ def test_tied_tables_are_never_formed(monkeypatch):
         return F.cross_entropy(F.linear(layer(ids), layer.weight).mT, ids)
 
     curvopt.compute(closure, layer.parameters(), curvopt.ClippedGradSum(1.0))
+
+
+def test_offsets_that_follow_from_the_data_are_refused():
+    """Where a bag begins depends on the samples in front of it."""
+    problem = build(lambda: Ragged(of_data=True), (6,), LOSSES["mse"])
+    with pytest.raises(curvopt.CurvoptError, match="not separate.*cumsum"):
+        curvopt.compute(problem.loss, problem.params, curvopt.BatchGrad())

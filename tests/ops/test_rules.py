@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import curvopt
-from curvopt.engine.registry import RULES, FunctionRule
+from curvopt.ops.registry import RULES, FunctionRule
 from tests import cases
 from tests.cases import Model, function
 
@@ -32,7 +32,7 @@ def test_every_rule_has_a_row():
         model = row.make().double()
         with curvopt.record(model.parameters()) as tape:
             model(torch.randn(3, *row.shape, dtype=torch.float64))
-        used |= {use.rule for use in tape.record.uses}
+        used |= {call.rule for call in tape.record.calls}
     own = {rule for rule in RULES.values() if not isinstance(rule, FunctionRule)}
     assert {rule.function.__name__ for rule in own - used} == set()
 
@@ -47,7 +47,7 @@ def test_every_rule_has_a_row():
         ),
     ],
 )
-@pytest.mark.filterwarnings("ignore::curvopt.engine.compute.SlowPathWarning")
+@pytest.mark.filterwarnings("ignore::curvopt.SlowPathWarning")
 def test_optimizers_take_the_slow_path_too(optimizer):
     model = function(lambda x, w, v: (x.square() + 1) ** w @ v, w=3, v=(3, 2))()
     params, x = list(model.parameters()), torch.randn(4, 3)
