@@ -1,7 +1,6 @@
 """Curvature-aware optimizers for any PyTorch model, on one engine for per-sample quantities."""
 
 from curvopt.api import compute, record
-from curvopt.engine.registry import register_rule
 from curvopt.engine.result import Result
 from curvopt.errors import CurvoptError, SlowPathWarning
 from curvopt.jacobians import (
@@ -11,6 +10,7 @@ from curvopt.jacobians import (
     empirical_ntk,
     param_jacobian,
 )
+from curvopt.ops.registry import register_rule
 from curvopt.optim import DPSGD, DiagGGNOptimizer, DPAdam, VarianceAdaptiveSGD
 from curvopt.products import ggn_vector_product, hessian_vector_product
 from curvopt.quantities import (

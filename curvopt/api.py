@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from curvopt.engine.compute import Computation, quantities_of
+from curvopt.engine.checks import quantities_of
+from curvopt.engine.computation import Computation
 from curvopt.engine.result import Result
-from curvopt.engine.tape import Tape
 from curvopt.errors import CurvoptError
 from curvopt.quantities import Gradient, Quantity
+from curvopt.recording.tape import Tape
 
 Params = Iterable[Tensor] | Iterable[tuple[str, Tensor]]
 
@@ -35,7 +36,8 @@ class Recording(Tape):
             *quantities: what to compute.
             output: the model's output that the loss was computed from, for the curvature of a loss
                 written by hand.
-            reduction: ``"mean"`` or ``"sum"``: how a loss written by hand is reduced over samples.
+            reduction: ``"mean"`` or ``"sum"``: what a sample's own loss is where a sum is scaled by
+                something that may be a count: N times its part of the loss, or its part.
             max_columns: columns sent back together at most; bounded by memory in any case.
         """
         asked = quantities_of(quantities)
@@ -59,7 +61,7 @@ def record(
 
     Args:
         params: parameters, or (name, parameter) pairs; names appear in messages.
-        batch_size: number of samples, where the first op and the loss do not tell.
+        batch_size: number of samples, where the data flow leaves two readings; checked against it.
         create_graph: keep the quantities differentiable in the parameters and inputs.
 
     Returns:
@@ -90,8 +92,9 @@ def compute(
             is none of torch.nn.functional's, it returns ``(loss, output)`` with the model's output.
         params: parameters, or (name, parameter) pairs; names appear in messages.
         *quantities: what to compute; those with the same cotangent share one backward pass.
-        batch_size: number of samples, where the first op and the loss do not tell.
-        reduction: ``"mean"`` or ``"sum"``: how a loss written by hand is reduced over samples.
+        batch_size: number of samples, where the data flow leaves two readings; checked against it.
+        reduction: ``"mean"`` or ``"sum"``: what a sample's own loss is where a sum is scaled by
+            something that may be a count: N times its part of the loss, or its part.
         create_graph: keep the quantities differentiable in the parameters and inputs.
         max_columns: columns sent back together at most; bounded by memory in any case.
 
@@ -127,9 +130,7 @@ def compute(
         loss, *quantities, output=output, reduction=reduction, max_columns=max_columns
     )
     if calls:
-        Computation(tape, loss).backward_to_others()
-        for p, grad in result.grad.items():
-            p.grad = grad.clone() if p.grad is None else p.grad + grad
+        loss.backward(retain_graph=True)  # for what is asked of the result later
     return result
 
 

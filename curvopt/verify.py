@@ -118,7 +118,7 @@ def verify(
         double: compare a copy of the model in float64, where rounding cannot be mistaken for an
             error; else the model and the data as they are.
         raises: raise if something does not agree.
-        batch_size: number of samples, where the first op and the loss do not tell.
+        batch_size: number of samples, where the data flow leaves two readings; checked against it.
 
     Returns:
         A report: ``report.ok``, ``print(report)``, ``report.comparisons``.
@@ -142,6 +142,8 @@ def verify(
                 "the model is random (two forward passes gave two losses), so loops cannot tell "
                 "anything: call model.eval(), or set its dropout to 0"
             )
+    if batch_size is None and not isinstance(x, Tensor):  # data of one sample in several tensors
+        batch_size = loops.size
     result = compute(
         lambda: loops.loss(x, y), model.named_parameters(), *asked, batch_size=batch_size
     )
@@ -222,9 +224,14 @@ class Loops:
         )
         return dict(zip(self.params, grads, strict=True))
 
+    @property
+    def size(self) -> int:
+        """Number of samples."""
+        return next(len(t) for t in tree_leaves(self.x) if isinstance(t, Tensor) and t.ndim)
+
     def per_sample(self, function: Callable[[Any, Any], ByParameter]) -> ByParameter:
         """A function of the batch, of every batch of one: ``[N, *p]``."""
-        size = next(len(t) for t in tree_leaves(self.x) if isinstance(t, Tensor) and t.ndim)
+        size = self.size
 
         def one(t: Any, n: int) -> Any:
             return t[n : n + 1] if isinstance(t, Tensor) and t.ndim and len(t) == size else t

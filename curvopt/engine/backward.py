@@ -43,7 +43,7 @@ def pull_back(
         return []
     columns = len(cotangents[0])
     options = {"allow_unused": True, "create_graph": create_graph}
-    if batched and columns > 1:
+    if batched and columns > 1 and not torch.is_anomaly_check_nan_enabled():
         try:
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", "There is a performance drop", UserWarning)
@@ -82,6 +82,20 @@ def pull_back(
                     found[index] = grad.new_empty(columns, *grad.shape)
                 found[index][column] = grad
     return [torch.stack(part) if isinstance(part, list) else part for part in found]
+
+
+@contextmanager
+def unspent() -> Iterator[None]:
+    """Say what happened where the graph is gone."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "second time" not in str(error):
+            raise
+        raise CurvoptError(
+            "the graph of the loss was freed before: torch.autograd.backward() went over it "
+            "unseen, or backward() went over it twice; call loss.backward() instead, once"
+        ) from error
 
 
 @contextmanager

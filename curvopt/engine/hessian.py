@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import warnings
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.autograd.function import BackwardCFunction
 
+from curvopt.axes.layout import Layout
+from curvopt.engine.affine import affine_edges
 from curvopt.engine.backward import BATCH_BELOW, pull_back, twice_differentiable
-from curvopt.engine.registry import Rule
 from curvopt.errors import CurvoptError, SlowPathWarning
+from curvopt.losses import Loss
 from curvopt.losses.base import per_sample
+from curvopt.ops.registry import Rule
 from curvopt.quantities.base import HESSIAN, ROOT, Pass
+from curvopt.recording.tape import Tape
+from curvopt.recording.uses import Use
 from curvopt.structures import (
     Conv,
     Disjoint,
@@ -28,26 +32,29 @@ from curvopt.structures import (
     total,
 )
 
-if TYPE_CHECKING:
-    from curvopt.engine.compute import Computation
-    from curvopt.engine.tape import Use
-
-# Graph nodes of functions that are piecewise linear in one argument, the others held.
-PIECEWISE_LINEAR = frozenset(
-    """
-    Abs AdaptiveAvgPool2D AdaptiveAvgPool3D AdaptiveMaxPool2D Add Addbmm Addmm Alias AsStrided
-    AvgPool2D AvgPool3D Baddbmm Bmm Cat Clamp ClampMax ClampMin Clone ConstantPadNd Convolution
-    Copy Div Expand Flip Gather Hardtanh Index IndexSelect LeakyRelu Linear MaxPool2DWithIndices
-    MaxPool3DWithIndices Maximum Mean Minimum Mm Mul Mv NativeDropout Neg Permute ReflectionPad1D
-    ReflectionPad2D ReflectionPad3D Relu Repeat ReplicationPad1D ReplicationPad2D ReplicationPad3D
-    ReshapeAlias Roll Select Slice Split SplitWithSizes Squeeze Stack Sub Sum T Threshold ToCopy
-    Transpose Unbind UnsafeView Unsqueeze UpsampleNearest1D UpsampleNearest2D View Where
-    """.split()
-)
-# Of these, the ones with several arguments whose product is taken.
-PRODUCTS = frozenset("Addmm Addbmm Baddbmm Bmm Convolution Div Linear Mm Mul Mv".split())
 # Products with the Hessian above which a warning names the parameters that take them.
 SLOW = 10_000
+
+
+class Computation(Protocol):
+    """What is needed of a `curvopt.engine.computation.Computation` that is prepared."""
+
+    tape: Tape
+    samples: int
+    terms: list[Loss]
+    slow: dict[Tensor, str]
+    use_layouts: dict[Use, Layout]
+
+    def _chunk(self) -> int: ...
+    def _elements(self) -> int: ...
+    def _columns(self, one: Pass, /) -> Iterator[list[Tensor]]: ...
+    def _known_layout(self, index: int, /) -> Layout: ...
+    def _pull(
+        self, outputs: list[Tensor], cotangents: list[Tensor], free: bool, /
+    ) -> tuple[list[Use], list[Tensor], Any]: ...
+    def _structures(
+        self, uses: list[Use], cotangents: list[Tensor], /
+    ) -> dict[Tensor, list[Structure]]: ...
 
 
 class Hessian:
@@ -94,42 +101,34 @@ class Hessian:
         gives it. Other parameters take a product with the Hessian per element.
         """
         c = self.computation
-        uses, grads, direct = c._pull(
-            self.outputs, [t.detach()[None] for t in self.cotangents], False
-        )
-        parts, uncovered = c._structures(uses, grads, c.use_layouts)
-        simple = self._simple(dict(zip(uses, grads, strict=True)), parts, direct, uncovered)
+        uses, grads, _ = c._pull(self.outputs, [t.detach()[None] for t in self.cotangents], False)
+        parts = c._structures(uses, grads)
+        simple = self._simple(dict(zip(uses, grads, strict=True)), parts)
         result = self._by_root(simple, rows)
         general = {p: own for p, own in simple.items() if p not in result}
         result |= self._by_use(general, rows)
-        slow = [p for p in self.params if (p in parts or p in direct) and p not in result]
-        slow += [p for use in uncovered for p in self._roots(use) if p not in result]
-        result |= self._by_element(list(dict.fromkeys(slow)), rows)
+        slow = [p for p in self.params if (p in parts or p in c.slow) and p not in result]
+        result |= self._by_element(slow, rows)
         lead = (self.samples,) if rows else ()
         return {
             p: result[p].to(p.dtype) if p in result else p.new_zeros(*lead, *p.shape)
             for p in self.params
         }
 
-    def _roots(self, use: Use) -> list[Tensor]:
-        return [self.tape.by_id[root] for value in use.values.values() for root in value.roots]
-
     def _simple(
         self,
         grads: dict[Use, Tensor],
         parts: dict[Tensor, list[Structure]],
-        direct: Iterable[Tensor],
-        uncovered: list[Use],
     ) -> dict[Tensor, list[Use]]:
         """Parameters whose elements have one use each, by an op that is linear in them."""
         by_parameter: dict[Tensor, list[Use]] = defaultdict(list)
-        barred = set(direct)
+        barred = set(self.computation.slow)
         for use, grad in grads.items():
-            plain = type(use.rule) is Rule and use not in uncovered
-            for name, value in use.values.items():
+            plain = type(use.rule) is Rule
+            for value in use.values.values():
                 roots = [self.tape.by_id[root] for root in value.roots]
                 linear = all(_is_bilinear(part) for p in roots for part in parts.get(p, ()))
-                linear = linear or _is_linear(use, use.arguments[name], grad[0])
+                linear = linear or _is_linear(use, value.tensor, grad[0])
                 if not (plain and value.isometry and linear):
                     barred.update(roots)
                 for p in roots:
@@ -154,7 +153,7 @@ class Hessian:
         try:
             for chunk in c._columns(Pass(ROOT, self.own)):
                 grads = self._pull(self.outputs, chunk, [use.edge for use in edges])
-                parts, _ = c._structures(edges, grads, c.use_layouts)
+                parts = c._structures(edges, grads)
                 for p in ours:
                     structure = total(parts[p])
                     value = structure.batch_sum_of_squares() if rows else structure.sum_of_squares()
@@ -197,16 +196,14 @@ class Hessian:
     def _along_elements(self, use: Use, name: Any, slope: Tensor, rows: bool) -> Tensor:
         """One column per element e of the parameter: ``<J e, H J e>`` per sample."""
         layout, value = self.computation.use_layouts[use], use.values[name]
-        assert layout is not None
         dummy = torch.zeros_like(slope, requires_grad=True)
-        (pulled,) = torch.autograd.grad(
-            [use.edge], [use.arguments[name]], [dummy], create_graph=True
-        )
+        (pulled,) = torch.autograd.grad([use.edge], [value.tensor], [dummy], create_graph=True)
         parts = []
         for _, unit in self._units(pulled.numel(), pulled):
             (tangents,) = self._pull([pulled], [unit.view(-1, *pulled.shape)], [dummy])
             (curved,) = self._pull([slope], [tangents], [use.edge])
-            products = layout.split(tangents * curved, 1).flatten(2).sum(-1)
+            products = (tangents * curved).reshape(-1, *use.shape)
+            products = layout.split(products, 1).flatten(2).sum(-1)
             parts.append(products if rows else products.sum(1))
         column = torch.cat(parts)
         result = column.T.reshape(-1, *pulled.shape) if rows else column.view(pulled.shape)
@@ -225,16 +222,15 @@ class Hessian:
         if not params:
             return
         layout = self.computation.use_layouts[use]
-        assert layout is not None
-        inner = layout.split(slope).shape[1:]
+        inner = layout.split(slope.reshape(use.shape)).shape[1:]
         result: dict[Tensor, Tensor] = {}
         for _, unit in self._units(inner.numel(), slope):
             unit = unit.view(-1, 1, *inner).expand(-1, layout.n, *inner)
-            unit = layout.merge(unit, 1)
+            unit = layout.merge(unit, 1, use.shape[: layout.axes])
+            unit = unit.reshape(-1, *slope.shape)
             (curved,) = self._pull([slope], [unit], [use.edge])
             left, right = (
-                self.computation._structures([use], [cotangent], {use: layout})[0]
-                for cotangent in (unit, curved)
+                self.computation._structures([use], [cotangent]) for cotangent in (unit, curved)
             )
             for p in params:
                 part = left[p][0].cross(right[p][0], rows)
@@ -277,11 +273,10 @@ class Hessian:
         if sample is not None:
             hot = torch.zeros(self.samples)
             hot[sample] = 1
-            layouts = self.computation.term_layouts
             with torch.enable_grad():
                 cotangents = [
-                    per_sample(cotangent, hot.to(cotangent), layout)
-                    for cotangent, layout in zip(cotangents, layouts, strict=True)
+                    per_sample(cotangent, hot.to(cotangent), self.computation._known_layout(i))
+                    for i, cotangent in enumerate(cotangents)
                 ]
         return ParameterHessian(self, cotangents)
 
@@ -294,26 +289,15 @@ class Hessian:
 
 
 class ParameterHessian:
-    """Products with the Hessian in the parameters, through their stand-ins in the graph."""
+    """Products with the Hessian in the parameters."""
 
     def __init__(self, hessian: Hessian, cotangents: list[Tensor]):
         self.params, self.pull = hessian.params, hessian._pull
-        tape = hessian.tape
-        links = {}
-        if not tape.create_graph:  # else the graph leads to the parameters themselves
-            for use in tape.record.uses:
-                for name, value in use.values.items():
-                    links[use.arguments[name]] = value.tensor
-        self.leaves, self.values = list(links), list(links.values())
         with torch.enable_grad():
             raw = torch.autograd.grad(
-                hessian.outputs,
-                [*self.leaves, *self.params],
-                cotangents,
-                create_graph=True,
-                allow_unused=True,
+                hessian.outputs, self.params, cotangents, create_graph=True, allow_unused=True
             )
-            self.slopes = self._gather(raw, batched=False)
+        self.slopes = {p: g for p, g in zip(self.params, raw, strict=True) if g is not None}
 
     def product(self, vectors: dict[Tensor, Tensor]) -> dict[Tensor, Tensor]:
         """As `Hessian.product`."""
@@ -323,45 +307,14 @@ class ParameterHessian:
             for p, v in vectors.items()
             if p in self.slopes and self.slopes[p].requires_grad
         ]
-        pulled: dict[Tensor, Tensor] = {}
+        pulled: list[Tensor | None] = [None] * len(self.params)
         if pairs:
             slopes, rows = (list(part) for part in zip(*pairs, strict=True))
-            raw = self.pull(slopes, rows, [*self.leaves, *self.params])
-            pulled = self._gather(raw, batched=True)
+            pulled = self.pull(slopes, rows, self.params)
         return {
-            p: pulled[p] if p in pulled else p.new_zeros(columns, *p.shape) for p in self.params
+            p: p.new_zeros(columns, *p.shape) if product is None else product
+            for p, product in zip(self.params, pulled, strict=True)
         }
-
-    def _gather(self, raw: Any, *, batched: bool) -> dict[Tensor, Tensor]:
-        """What the stand-ins got, at the parameters."""
-        result: dict[Tensor, Tensor] = {}
-
-        def add(p: Tensor, grad: Tensor | None) -> None:
-            if grad is not None:
-                result[p] = result[p] + grad if p in result else grad
-
-        own = set(self.params)
-        derived = []
-        for value, grad in zip(self.values, raw, strict=False):
-            if value in own:
-                add(value, grad)
-            elif grad is not None:
-                derived.append((value, grad))
-        for p, grad in zip(self.params, raw[len(self.values) :], strict=True):
-            add(p, grad)
-        if derived:
-            values, grads = (list(part) for part in zip(*derived, strict=True))
-            back = torch.autograd.grad(
-                values,
-                self.params,
-                grads,
-                create_graph=True,
-                allow_unused=True,
-                is_grads_batched=batched,
-            )
-            for p, grad in zip(self.params, back, strict=True):
-                add(p, grad)
-        return result
 
 
 def _is_bilinear(structure: Structure) -> bool:
@@ -386,44 +339,3 @@ def _is_linear(use: Use, leaf: Tensor, grad: Tensor) -> bool:
             slope, leaf, random(slope), allow_unused=True, retain_graph=True
         )
     return second is None or not second.any()
-
-
-def affine_edges(outputs: list[Tensor], nodes: list[Any]) -> set[Any]:
-    """Those graph nodes from whose output the outputs are piecewise linear.
-
-    Every node on the way must be piecewise linear, and a product must have one factor that does
-    not depend on the data path.
-    """
-    order = _topological([output.grad_fn for output in outputs])
-    data, clean = set(nodes), dict.fromkeys(order, True)
-    for node in reversed(order):  # what a node consumes comes before it
-        if any(following in data for following, _ in node.next_functions):
-            data.add(node)
-    for node in order:
-        following = [n for n, _ in node.next_functions if n in data]
-        name = type(node).__name__.split("Backward")[0]
-        several = name in PRODUCTS and len(following) > 1
-        divisor = name == "Div" and node.next_functions[1:] and node.next_functions[1][0] in data
-        # A custom autograd.Function may have any name.
-        linear = name in PIECEWISE_LINEAR and not isinstance(node, BackwardCFunction)
-        if name == "NativeBatchNorm":
-            linear = not node._saved_training
-        if not (clean[node] and linear) or several or divisor:
-            clean.update(dict.fromkeys(following, False))
-    return {node for node in nodes if clean.get(node, False)}
-
-
-def _topological(starts: list[Any]) -> list[Any]:
-    """Nodes of a graph, consumers first."""
-    order: list[Any] = []
-    seen: set[Any] = set()
-    stack = [(node, False) for node in starts if node is not None]
-    while stack:
-        node, done = stack.pop()
-        if done:
-            order.append(node)
-        elif node not in seen:
-            seen.add(node)
-            stack.append((node, True))
-            stack += [(n, False) for n, _ in node.next_functions if n is not None]
-    return order[::-1]

@@ -1,79 +1,96 @@
-"""Which recorded losses make up a loss, and how much each sample's own loss counts in it."""
+"""Which recorded losses make up a loss."""
 
 from __future__ import annotations
 
-from collections.abc import Container
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from curvopt.axes.endings import source, ways
+from curvopt.axes.trace import Trace
+from curvopt.engine.paths import walk
 from curvopt.errors import CurvoptError
 from curvopt.losses import Loss
 from curvopt.losses.generic import Closure
 from curvopt.losses.handwritten import Reduction
 
-if TYPE_CHECKING:
-    from curvopt.engine.tape import Record
+PENALTY = (
+    "part of the loss does not go through a loss of torch.nn.functional nor through a "
+    "mean() or sum() over the samples, recorded with the model (a penalty on the "
+    "parameters, say, or a loss computed before recording began): use the optimizer's "
+    "weight_decay, add its gradient yourself, or ask for the gradient alone"
+)
 
 
-def loss_terms(loss: Tensor, record: Record, reduction: str | None) -> list[Loss]:
+def loss_terms(
+    loss: Tensor, losses: list[Loss], trace: Trace, mixed: Callable[[Loss], bool]
+) -> tuple[list[Loss], bool]:
     """The recorded losses that the loss is made of, found by walking its graph.
 
-    Raises:
-        CurvoptError: some part of the loss does not go through a recorded loss, or how it was
-            reduced over the samples is not known.
+    Args:
+        loss: the loss.
+        losses: what was recorded.
+        trace: the pass.
+        mixed: whether the rows of a mean or sum hold several samples each.
+
+    Returns:
+        The terms, and whether some part of the loss is none of them.
     """
-    table = {term.value.grad_fn: term for term in record.losses}
-    nodes, loose = walk(loss.grad_fn, table)
-    if loose or not nodes:
-        raise CurvoptError(
-            "part of the loss does not go through a loss of torch.nn.functional nor through a "
-            "mean() or sum() over the samples, recorded with the model (a penalty on the "
-            "parameters, say): use the optimizer's weight_decay, add its gradient yourself, or "
-            "ask for the gradient alone"
-        )
+    table: dict[Any, Loss] = {term.value.grad_fn: term for term in losses}
     proper = {node: t for node, t in table.items() if not isinstance(t, Reduction)}
     terms: list[Loss] = []
-    for node in nodes:
-        term = table[node]
-        if not isinstance(term, Reduction):
-            terms.append(_ended(term, reduction))
-            continue
-        if reduction is None and term.reduction == "sum" and _divided(loss, node, record):
-            raise CurvoptError(
-                "the loss is a sum divided by a tensor; whether that divisor belongs to the batch "
-                "or to each sample is not known: give reduction='mean' or reduction='sum'"
-            )
-        inner, loose = walk(term.output.grad_fn, proper)
-        if reduction is None and _across(term, record):
-            raise CurvoptError(
-                f"the loss was reduced over its first axis before the final {term.name}; give "
-                "reduction='mean' or reduction='sum' over the samples, and batch_size="
-            )
-        if inner and not loose:
-            terms += [_ended(proper[node], reduction or term.reduction) for node in inner]
-        else:
-            term.ending = reduction
-            terms.append(term)
-    return terms
+    others = False
+    done: set[Loss] = set()
+    stack = [loss.grad_fn]
+    while stack:
+        nodes, loose = walk(stack.pop(), table)
+        others = others or bool(loose)
+        for node in nodes:
+            term = table[node]
+            if term in done:
+                continue
+            done.add(term)
+            if not isinstance(term, Reduction):
+                terms.append(term)
+                continue
+            inner, rest = walk(term.output.grad_fn, proper)
+            known = [proper[node] for node in inner]
+            if known and not rest and _linear(term, known, trace):
+                terms += [t for t in known if t not in done]
+                done.update(known)
+            elif mixed(term):
+                stack.append(term.output.grad_fn)
+            else:
+                terms.append(term)
+    return terms, others
 
 
-def closure_terms(
-    loss: Tensor, output: Tensor, record: Record, reduction: str | None
-) -> list[Loss]:
+def _linear(outer: Loss, inner: list[Loss], trace: Trace) -> bool:
+    """Whether a mean or sum is linear in the losses behind it."""
+    stops = {made for t in inner if (made := made_by(t, trace)) is not None}
+    return all(way.stop in stops for way in ways(trace, outer.value_ref, stops, outer.value_at))
+
+
+def made_by(term: Loss, trace: Trace) -> int | None:
+    """Index of the op that made a loss's value."""
+    return source(trace, term.value_ref, term.value_at)
+
+
+def closure_terms(loss: Tensor, output: Tensor, terms: list[Loss], kind: str | None) -> list[Loss]:
     """The loss as one term of an output that was returned beside it.
+
+    Args:
+        loss: the loss.
+        output: the model's output.
+        terms: the loss's terms as they were recorded.
+        kind: how the loss is reduced over the samples, if that is known.
 
     Raises:
         CurvoptError: the loss does not depend on the model through the output alone, or how it was
             reduced over the samples is not known.
     """
-    try:
-        terms = loss_terms(loss, record, reduction)
-    except CurvoptError:
-        terms = []
-    if terms and not any(isinstance(term, Reduction) for term in terms):
-        return terms  # of losses that are known better than by their output
     if not isinstance(output, Tensor) or output.grad_fn is None or not output.ndim:
         raise CurvoptError("(loss, output): the output must be the model's output, a tensor [N, *]")
     nodes, loose = walk(loss.grad_fn, {output.grad_fn})
@@ -82,58 +99,12 @@ def closure_terms(
             f"(loss, output): the loss does not depend on the model through the output "
             f"{list(output.shape)} alone; return the tensor that the loss was computed from"
         )
-    if reduction is None:
-        kinds = {
-            "sum" if (t.ending if t.reduction == "none" else t.reduction) == "sum" else "mean"
-            for t in terms
-        }
-        if len(kinds) != 1:
-            raise CurvoptError(
-                "how the loss was reduced over the samples is not known: give reduction='mean' or "
-                "reduction='sum'"
-            )
-        (reduction,) = kinds
-    return [Closure(output, loss, reduction)]
-
-
-def walk(start: Any, stops: Container[Any]) -> tuple[list[Any], list[Tensor]]:
-    """Walk a graph from a node: the first nodes met among ``stops``, and the leaves met."""
-    found, leaves, seen, stack = [], [], set(), [start]
-    while stack:
-        node = stack.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if node in stops:
-            found.append(node)
-        elif hasattr(node, "variable"):
-            leaves.append(node.variable)
-        else:
-            stack += [following for following, _ in node.next_functions]
-    return found, leaves
-
-
-def _ended(term: Loss, ending: str | None) -> Loss:
-    term.ending = ending
-    if term.reduction == "none" and ending is None:
+    if kind is None:
         raise CurvoptError(
-            f"{term.name} has reduction='none' and no mean() or sum() over its rows was recorded: "
-            "give reduction='mean' or reduction='sum'"
+            "how the loss was reduced over the samples is not known: give reduction='mean' or "
+            "reduction='sum'"
         )
-    return term
-
-
-def _divided(loss: Tensor, node: Any, record: Record) -> bool:
-    """Whether a scalar was divided by a tensor between this node and the loss."""
-    divisions, _ = walk(loss.grad_fn, record.divisions)
-    return any(node in walk(division, {node})[0] for division in divisions)
-
-
-def _across(term: Loss, record: Record) -> bool:
-    """Whether a first axis was reduced after the model's last use, before the loss's last step."""
-    ends = {use.edge.node for use in record.uses} | {t.value.grad_fn for t in record.losses}
-    met, _ = walk(term.output.grad_fn, record.across | ends)
-    return any(node in record.across for node in met)
+    return [Closure(output, loss, kind)]
 
 
 def upstream(loss: Tensor, terms: list[Loss]) -> list[Tensor]:

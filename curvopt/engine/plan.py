@@ -1,0 +1,113 @@
+"""What one forward pass is for the engine: samples, uses, terms, and where each has them."""
+
+from __future__ import annotations
+
+from collections import Counter, OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from curvopt.axes.endings import Ending
+from curvopt.axes.layout import Layout
+from curvopt.recording.tape import Tape
+from curvopt.recording.uses import OwnUse, Use
+
+
+@dataclass
+class Plan:
+    """Where the samples are in a pass; by numbers of calls and parameters, so that it can be kept.
+
+    Attributes:
+        n: number of samples.
+        terms: numbers of the recorded losses that make up the loss.
+        term_layouts: where the terms' outputs hold the samples; None where they mix.
+        endings: how the terms go into the loss.
+        partial: how many terms hold a part of the samples alone.
+        weighed: the weight of the rows that depends on several samples, if there is one.
+        loose: a part of the loss that no recorded loss accounts for, and that holds no samples.
+        uses: number of the call, names of the tracked arguments, layout of the output.
+        own: number of the call, name of the argument, layout of the value that holds a part for
+            every sample.
+        derived: numbers of the calls that made values of parameters.
+        slow: by number of the parameter, the op that no rule covers.
+        updated: numbers of the buffers, in `Record.silent`, that the pass wrote samples to.
+        shared: shapes of data that all samples share, and that is no parameter and no buffer.
+        value_dependent: whether it depends on index values of this very pass.
+        reached: numbers of the calls that the loss leads to, values made of parameters left out.
+        audited: passes that were audited or need not be, by what asked for them.
+    """
+
+    n: int
+    terms: list[int]
+    term_layouts: list[Layout | None]
+    endings: list[Ending]
+    partial: int = 0
+    weighed: str = ""
+    loose: bool = False
+    uses: list[tuple[int, tuple[Any, ...], Layout]] = field(default_factory=list)
+    own: list[tuple[int, Any, Layout]] = field(default_factory=list)
+    derived: list[int] = field(default_factory=list)
+    slow: dict[int, str] = field(default_factory=dict)
+    updated: list[int] = field(default_factory=list)
+    shared: list[list[int]] = field(default_factory=list)
+    value_dependent: bool = False
+    reached: list[int] = field(default_factory=list)
+    audited: Counter[str] = field(default_factory=Counter)
+
+
+# Plans by the whole code of the pass: the key holds every op, its wiring and all arguments, so that
+# an equal key is an equal pass, of whatever model. What values decided is made again.
+_PLANS: OrderedDict[Any, Plan] = OrderedDict()
+KEPT = 256
+
+
+def made_once(key: Any, make: Callable[[], Plan]) -> Plan:
+    """The plan of a pass, made once for equal passes.
+
+    Args:
+        key: of the pass.
+        make: makes its plan.
+    """
+    plan = _PLANS.get(key)
+    if plan is not None and not plan.value_dependent:
+        _PLANS.move_to_end(key)
+        return plan
+    before, plan = plan, make()
+    if before is not None:
+        plan.audited = before.audited
+    _PLANS[key] = plan
+    _PLANS.move_to_end(key)
+    while len(_PLANS) > KEPT:
+        _PLANS.popitem(last=False)
+    return plan
+
+
+def key_of(tape: Tape, loss: Tensor) -> Any:
+    """What a plan depends on."""
+    trace, record = tape.trace, tape.record
+    position = {id(p): index for index, p in enumerate(tape.params)}
+    calls = tuple(
+        (
+            call.op,
+            call.mark,
+            tuple((name, *(position[r] for r in e.roots)) for name, e in call.inputs.items()),
+        )
+        for call in record.calls
+    )
+    losses = tuple((loss.name, loss.reduction, loss.mark, loss.value_ref) for loss in record.losses)
+    silent = tuple(trace.ref(t).storage for t in [*tape.names, *record.silent])
+    return trace.key, trace.ref(loss), tape.batch_size, calls, losses, silent, len(trace.reads)
+
+
+def uses_of(plan: Plan, tape: Tape) -> dict[Use, Layout]:
+    """The uses of a pass, by its plan."""
+    calls = tape.record.calls
+    result: dict[Use, Layout] = {}
+    for index, names, layout in plan.uses:
+        call = calls[index]
+        result[Use(call, {name: call.inputs[name] for name in names})] = layout
+    for index, name, layout in plan.own:
+        result[OwnUse(calls[index].inputs[name])] = layout
+    return result

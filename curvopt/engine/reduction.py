@@ -1,0 +1,223 @@
+"""From cotangents to the structures of parameters."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Generator, Tensor
+
+from curvopt.engine import audit
+from curvopt.engine.backward import BATCH_BELOW, pull_back
+from curvopt.engine.cotangents import Cotangents
+from curvopt.engine.hooks import after_hooks
+from curvopt.engine.slow import rows_by_sample, warn
+from curvopt.errors import CurvoptError
+from curvopt.recording.uses import Use
+from curvopt.structures import Dense, Pulled, Structure, total
+
+Parts = dict[Tensor, list[Structure]]
+
+
+class Reduction(Cotangents):
+    """Structures of all parameters, for cotangents at the outputs of a loss's terms."""
+
+    def _reduced(
+        self, outputs: list[Tensor], cotangents: list[Tensor], free: bool, due: list[Tensor] | None
+    ) -> dict[Tensor, Structure]:
+        """Structures of all parameters, for cotangents at the terms' outputs.
+
+        Args:
+            outputs: of the terms.
+            cotangents: at the outputs, ``[V, *output.shape]``.
+            free: free the graph.
+            due: parameters to audit, None in a pass of no gradient. Autograd has their gradients
+                on the same way: one costs its last matrix product, and nobody else sees it.
+        """
+        # What is pulled back to a parameter later needs the graph that its gradient goes through.
+        free = free and not any(self._derives(p) for p in due or ())
+        uses, grads, sums = self._pull(outputs, cotangents, free, due or ())
+        parts = self._structures(uses, grads)
+        sent = dict(zip(uses, grads, strict=True)) if due else {}
+        del grads  # a structure may let go of its factors
+        slow = list(self.slow)
+        for p, rows in zip(slow, self._rows(slow, outputs, cotangents), strict=True):
+            parts[p] = [Dense(rows)]
+        columns = len(cotangents[0])
+        structures = {
+            p: total(parts[p]) if p in parts else self._nothing(p, columns)
+            for p in self.tape.params
+        }
+        if due is not None:
+            self._audit(self._asker, structures, sums, sent)
+        return structures
+
+    def _pull(
+        self,
+        outputs: list[Tensor],
+        cotangents: list[Tensor],
+        free: bool,
+        params: Sequence[Tensor] = (),
+    ) -> tuple[list[Use], list[Tensor], dict[Tensor, Tensor | None]]:
+        """Cotangents at the uses that were reached, and gradients of parameters."""
+        if self.hooked:
+            caught = after_hooks(
+                outputs, cotangents, self.uses, self.tape.params, self.tape.create_graph
+            )
+            return list(caught), list(caught.values()), {}
+        grads = pull_back(
+            outputs,
+            cotangents,
+            [*(use.edge for use in self.uses), *params],
+            batched=self._elements() < BATCH_BELOW,
+            retain_graph=not free,
+            create_graph=self.tape.create_graph,
+        )
+        ends = len(self.uses)
+        pairs = [(u, g) for u, g in zip(self.uses, grads[:ends], strict=True) if g is not None]
+        sums = {p: None if g is None else g[0] for p, g in zip(params, grads[ends:], strict=True)}
+        return [use for use, _ in pairs], [grad for _, grad in pairs], sums
+
+    def _structures(self, uses: list[Use], grads: list[Tensor]) -> Parts:
+        """Structures by parameter, of those that do not take the slow path."""
+        parts: Parts = defaultdict(list)
+        for use, grad in zip(uses, grads, strict=True):
+            grad = grad if grad.shape[1:] == use.shape else grad.reshape(-1, *use.shape)
+            if self._slowly(use):
+                continue
+            found = use.structures(grad, self.use_layouts[use])
+            missing = [str(name) for name in use.values if name not in found]
+            if missing:
+                raise CurvoptError(f"the rule of {use.op} gave nothing for {', '.join(missing)}")
+            self._add(parts, use, found)
+        return parts
+
+    def _slowly(self, use: Use) -> bool:
+        """Whether all that a use is about takes the slow path."""
+        return bool(self.slow) and all(
+            self.tape.by_id[root] in self.slow
+            for value in use.values.values()
+            for root in value.roots
+        )
+
+    def _add(self, parts: Parts, use: Use, found: Mapping[Any, Structure]) -> None:
+        """Add a use's structures; derived values are pulled back to what they were made of."""
+        for name, value in use.values.items():
+            for root in value.roots:
+                parameter, structure = self.tape.by_id[root], found[name]
+                structure.use = use
+                if value.tensor is not parameter:
+                    structure = Pulled(
+                        structure,
+                        value.tensor,
+                        parameter,
+                        isometry=value.isometry,
+                        create_graph=self.tape.create_graph,
+                    )
+                parts[parameter].append(structure)
+
+    def _rows(
+        self, params: list[Tensor], outputs: list[Tensor], cotangents: list[Tensor]
+    ) -> list[Tensor]:
+        """Exact rows of parameters that no rule covers."""
+        if not params:
+            return []
+        if self.samples > 1:
+            for p in params:
+                warn([self.tape.name(p)], self.slow[p])
+        return rows_by_sample(
+            outputs,
+            cotangents,
+            self.term_layouts,
+            params,
+            samples=self.samples,
+            elements=self._elements(),
+            create_graph=self.tape.create_graph,
+            name=self.tape.name,
+        )
+
+    def _nothing(self, parameter: Tensor, columns: int) -> Structure:
+        """The structure of a parameter that took no part."""
+        return Dense(parameter.new_zeros(()).expand(columns, self.samples, *parameter.shape))
+
+    def _derives(self, p: Tensor) -> bool:
+        """Whether rows of a value made of a parameter are pulled back to it."""
+        return any(
+            value.tensor is not p and id(p) in value.roots
+            for use in self.uses
+            for value in use.values.values()
+        )
+
+    # -- the audit --------------------------------------------------------------------------------
+
+    @property
+    def _asker(self) -> str:
+        return "private" if self.declared else "compute"
+
+    def _due(self, asker: str) -> list[Tensor]:
+        """Parameters whose sum over samples is to be compared with their gradient in this pass.
+
+        All of them in the first of equal passes. Later, where torch's own backward pass leaves the
+        gradients, all at times; in private steps one in turn, every `audit.PRIVATE_EVERY` passes,
+        for its matrix product in each pass is a ninth of a step on a small MLP.
+
+        Args:
+            asker: ``"compute"``, ``"private"`` or ``"watch"``.
+        """
+        params = [p for p in self.tape.params if p not in self.slow and not p._backward_hooks]
+        count = self._plan.audited[asker]
+        if not params or not self.samples or self.hooked:
+            return []
+        if asker == "watch":
+            if count % audit.EVERY or self._plan.loose or audit.averaged():
+                return []
+            return [p for p in params if p.grad is None and not audit.hooked(p)]
+        if not count:
+            return params
+        turn, left = divmod(count, audit.PRIVATE_EVERY)
+        return [params[turn % len(params)]] if asker == "private" and not left else []
+
+    def _audit(
+        self,
+        asker: str,
+        structures: Mapping[Tensor, Structure],
+        sums: Mapping[Tensor, Tensor | None],
+        sent: Mapping[Use, Tensor],
+    ) -> None:
+        """Compare the sums over samples with gradients; see `curvopt.engine.audit`.
+
+        Args:
+            asker: as in `_due`.
+            structures: of the parameters.
+            sums: the gradients.
+            sent: the cotangents at the uses.
+        """
+        counts = self._plan.audited
+
+        def shuffled(p: Tensor, a: Tensor, b: Tensor, generator: Generator) -> tuple[float, int]:
+            parts: Parts = defaultdict(list)
+            count = 0
+            for use, grad in sent.items():
+                if any(id(p) in value.roots for value in use.values.values()):
+                    signs = torch.empty_like(grad).bernoulli_(0.5, generator=generator)
+                    grad, count = grad * signs.mul_(2).sub_(1), count + grad.numel()
+                    for root, found in self._structures([use], [grad]).items():
+                        parts[root] += found
+            return (float(total(parts[p]).rank_one(a, b)) if parts[p] else 0.0), count
+
+        if sums:
+            device = self.loss.device.type
+            with torch.no_grad(), torch.autocast(device, enabled=False):
+                audit.audit(
+                    {p: structures.get(p) or self._nothing(p, 1) for p in sums},
+                    sums,
+                    self.tape.name,
+                    number=counts[asker],
+                    precision=audit.precision_of([*sums, *sent.values()]),
+                    shuffled=shuffled,
+                )
+        # A pass that is due stays so until one can be compared.
+        if sums or asker != "watch" or counts[asker] % audit.EVERY:
+            counts[asker] += 1
