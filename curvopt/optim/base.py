@@ -1,25 +1,29 @@
-"""What every optimizer of the package shares: closures, recording, the torch.optim contract."""
+"""What every optimizer of the package shares: closures, recording, the step."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import sys
+from collections.abc import Callable
 from contextlib import AbstractContextManager
-from copy import deepcopy
 from typing import Any, ClassVar
 
 import torch
 from torch import Generator, Tensor
 from torch.overrides import TorchFunctionMode
 
-from curvopt.engine.compute import Computation, check_loss
-from curvopt.engine.tape import Tape
-from curvopt.errors import CurvoptError
-from curvopt.quantities import Gradient, Quantity
+from curvopt.engine.checks import check_loss
+from curvopt.engine.computation import Computation
+from curvopt.errors import SCALED, CurvoptError
+from curvopt.optim.contract import Contract
+from curvopt.privacy.ranks import Ranks
+from curvopt.quantities import Quantity
+from curvopt.recording.tape import Tape
 
 Closure = Callable[[], Any]
+Backward = Callable[..., None]
 
 
-class EngineOptimizer(torch.optim.Optimizer):
+class EngineOptimizer(Contract):
     """An optimizer that pulls quantities from the engine inside ``step``.
 
     A subclass says in `_wanted` what it needs beside the gradient for the coming step, checks the
@@ -35,14 +39,16 @@ class EngineOptimizer(torch.optim.Optimizer):
     ``"engine"``, so that a resumed run goes on bit for bit. Without a generator of its own an
     optimizer draws from torch's global one: save ``torch.get_rng_state()`` with the checkpoint.
 
-    Gradients and quantities are those of this process; the private optimizers alone combine those
-    of several (``DistributedDataParallel``'s hooks do not see a recorded backward pass).
+    With several processes, the gradients are combined by what wraps the model
+    (``DistributedDataParallel``); what is measured beside them is combined here, once a measured
+    step. Processes whose gradients differ are refused. The private optimizers combine both.
 
     Args:
         params: parameters, (name, parameter) pairs, or parameter groups.
         defaults: default settings of a group.
-        batch_size: number of samples, where the model's first op and the loss do not tell.
-        reduction: ``"mean"`` or ``"sum"``: how a loss written by hand is reduced over samples.
+        batch_size: number of samples, where the data flow leaves two readings; checked against it.
+        reduction: ``"mean"`` or ``"sum"``: what a sample's own loss is where a sum is scaled by
+            something that may be a count: N times its part of the loss, or its part.
         generator: source of what the optimizer draws; torch's global one by default.
 
     Attributes:
@@ -55,8 +61,8 @@ class EngineOptimizer(torch.optim.Optimizer):
     saved: ClassVar[tuple[str, ...]] = ("steps",)
     #: Refuse a loss that is not finite.
     finite_loss = True
-    #: Leaves of the graph that are not this optimizer's get their gradient too, as in torch.
-    serves_others = True
+    #: Torch's own backward pass runs, and what is wanted beside the gradient is had on the way.
+    goes_backward = True
     #: A failed step gives the gradients back that were there before it.
     restores_gradients = True
     # Makes GradScaler leave the scale to `step`, which refuses it.
@@ -75,24 +81,10 @@ class EngineOptimizer(torch.optim.Optimizer):
         super().__init__(params, defaults)
         self.batch_size, self.reduction, self.generator = batch_size, reduction, generator
         self.steps = 0
+        self._ranks = Ranks()
         self._forget()
 
-    def _forget(self) -> None:
-        self.collected: list[Any] = []
-        self._left: list[tuple[Tensor, Tensor, int]] = []  # parameter, gradient, its version
-        self._recorded = False
-
     # -- for subclasses ---------------------------------------------------------------------------
-
-    def _validate(self, group: dict[str, Any]) -> None:
-        """Raise ValueError for settings that make no sense; called for every new group."""
-        lr = group["lr"]
-        if isinstance(lr, Tensor) and lr.numel() != 1:
-            raise ValueError(f"Invalid learning rate: {lr} (a tensor must have one element)")
-        names = {"lr": "learning rate", "weight_decay": "weight_decay", "momentum": "momentum"}
-        for key, name in names.items():
-            if not 0 <= group.get(key, 0) < float("inf"):
-                raise ValueError(f"Invalid {name}: {group[key]}")
 
     def _wanted(self) -> list[Quantity]:
         """Quantities of the coming step, beside the gradient."""
@@ -102,23 +94,49 @@ class EngineOptimizer(torch.optim.Optimizer):
         """Move the parameters; called once a step, without gradients."""
         raise NotImplementedError
 
-    def _accumulate(self, computation: Computation, quantities: list[Quantity]) -> None:
-        """Take what one backward pass gives: gradients to ``p.grad``, the rest to `collected`.
+    def _accumulate(
+        self, computation: Computation, quantities: list[Quantity], backward: Backward
+    ) -> None:
+        """Take what one backward pass gives beside the gradient, to `collected`.
 
-        Earlier gradients are those of recorded passes, None where there are none.
+        Args:
+            computation: of the loss.
+            quantities: what `_wanted` said.
+            backward: torch's own backward pass, which adds to ``p.grad``; to be called once,
+                with True where the graph is still needed afterwards.
         """
-        values = computation.run([Gradient(), *quantities], free=True)
-        self._add_gradients(computation, dict(values.pop("grad")))
+        values = computation.run(quantities)
+        backward()
         self.collected.append(values)
 
-    def _add_gradients(self, computation: Computation, grads: dict[Tensor, Tensor]) -> None:
-        """Add to ``p.grad``, which stays None for parameters that took no part in the loss."""
-        uses = (value for use in computation.reached for value in use.values.values())
-        reached = {root for value in uses for root in value.roots}
-        for p, grad in grads.items():
-            if id(p) in reached or grad.any():
-                # Out of place: a failed step gives the old tensors back.
-                p.grad = grad.to(p.dtype) if p.grad is None else p.grad + grad.to(p.dtype)
+    def _join(self) -> None:
+        """Combine `collected` over the processes `_ranks`, in place of it."""
+        raise NotImplementedError
+
+    def _meet_others(self) -> None:
+        """See that all processes are about to take the same step, and combine what they measured.
+
+        Raises:
+            CurvoptError: on all of them, where gradients differ: nothing has combined them.
+        """
+        grads = {k: p.grad for k, p in enumerate(self._parameters()) if p.grad is not None}
+        sums = [(g.double().sum().item(), g.double().abs().sum().item()) for g in grads.values()]
+        taken = {"steps taken": self.steps, "gradients": (list(grads), sums)}
+        try:
+            self._ranks.meet(taken, torch.zeros(0))
+        except CurvoptError as error:
+            raise CurvoptError(
+                "several processes run, and nothing has combined their gradients, so that their "
+                "parameters would drift apart: wrap the model in DistributedDataParallel. (Only "
+                "the private optimizers take process_group=, and combine gradients themselves)"
+            ) from error
+        self._join()
+
+    def _keep_gradients(self) -> None:
+        """Copy the gradients, to which autograd adds in place: a failed step gives them back."""
+        for p in self._parameters():
+            if p.grad is not None:
+                p.grad = p.grad.clone()
 
     def _tape(self) -> Tape:
         """What records a step."""
@@ -126,7 +144,6 @@ class EngineOptimizer(torch.optim.Optimizer):
 
     # -- the step ---------------------------------------------------------------------------------
 
-    @torch.no_grad()
     def step(self, closure: Closure | None = None) -> Any:
         """Take one step.
 
@@ -144,6 +161,13 @@ class EngineOptimizer(torch.optim.Optimizer):
                 unrecorded, ...; parameters, gradients and state are as before. (Private optimizers
                 let go of the gradients, which are those of the step before.)
         """
+        dynamo = sys.modules.get("torch._dynamo")
+        if dynamo is None:
+            return self._step(closure)
+        return dynamo.disable(self._step)(closure)  # in a compiled function: as it was written
+
+    @torch.no_grad()
+    def _step(self, closure: Closure | None) -> Any:
         before = list(self.collected), self._recorded
         grads = left = None
         if self.restores_gradients:
@@ -159,6 +183,8 @@ class EngineOptimizer(torch.optim.Optimizer):
                     "pass and backward() inside `with opt.record():` before step()"
                 )
             taken = self.steps
+            if self.goes_backward and any(self.collected) and self._ranks.many:
+                self._meet_others()
             self._update()
             self.steps = taken + 1
         except BaseException:
@@ -211,7 +237,7 @@ class EngineOptimizer(torch.optim.Optimizer):
             ...         with getattr(self.optimizer, "optimizer", self.optimizer).record():
             ...             return super().training_step(*args, **kwargs)
         """
-        if (wrapped := _wrapped(self)) is not None:
+        if (wrapped := wrapped_by(self)) is not None:
             return wrapped.record()
         wanted = self._wanted()
         if not wanted:
@@ -226,27 +252,29 @@ class EngineOptimizer(torch.optim.Optimizer):
             inputs: Any = None,
             output: Tensor | None = None,
         ) -> None:
-            if gradient is not None or create_graph or inputs is not None or retain_graph:
+            if gradient is not None or create_graph or inputs is not None:
                 raise CurvoptError(
                     "a recorded backward() takes no arguments; scale the loss instead of giving a "
                     "gradient, and go backward once over one forward pass"
                 )
             computation = Computation(
-                tape, loss, self.reduction, output=output, finite=self.finite_loss
+                tape,
+                loss,
+                self.reduction,
+                output=output,
+                finite=self.finite_loss,
+                declared=not self.goes_backward,
+                penalties=self.goes_backward,
             )
             self._begin_pass()
-            if self.serves_others:
-                computation.backward_to_others()
-            try:
-                with torch.no_grad():
-                    self._accumulate(computation, wanted)
-            except CurvoptError as error:
-                if not tape.spent:
-                    raise
-                raise CurvoptError(
-                    f"{error}. Or was this a second backward pass over one forward pass? Then add "
-                    "the losses and call backward once"
-                ) from error
+
+            def on(retain: bool = False) -> None:
+                self._keep_gradients()
+                with tape.trace.paused(), torch.enable_grad():
+                    loss.backward(retain_graph=retain_graph or retain)
+
+            with torch.no_grad():
+                self._accumulate(computation, wanted, on)
             self._note(recorded=True)
             tape.consume(computation.reached)
 
@@ -289,7 +317,7 @@ class EngineOptimizer(torch.optim.Optimizer):
         Args:
             set_to_none: to None, or to zeros (fresh ones: a failed step gives the old ones back).
         """
-        if (wrapped := _wrapped(self)) is not None:
+        if (wrapped := wrapped_by(self)) is not None:
             return wrapped.zero_grad(set_to_none)
         for p in self._parameters():
             if p.grad is not None:
@@ -299,93 +327,10 @@ class EngineOptimizer(torch.optim.Optimizer):
     def _refuse_scaling(self) -> None:
         if hasattr(self, "found_inf"):  # GradScaler.step sets both for the length of the call
             vars(self).pop("grad_scale"), vars(self).pop("found_inf")
-            raise CurvoptError(
-                "GradScaler scales the loss, and with it everything that is computed beside the "
-                "gradient: use torch.autocast with bfloat16, which needs no scaling, or disable it"
-            )
-
-    # -- torch.optim's contract -------------------------------------------------------------------
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group of parameters, with settings of its own or the defaults.
-
-        Raises:
-            ValueError: a setting is invalid, or a parameter is complex or given twice.
-        """
-        params = param_group["params"]
-        if not isinstance(params, (Tensor, set)):
-            param_group["params"] = params = list(params)
-            seen: set[int] = set()
-            for index, item in enumerate(params):
-                name, p = item if isinstance(item, tuple) else (f"parameter {index}", item)
-                if id(p) in seen:
-                    raise ValueError(f"Invalid params: {name} is given twice")
-                if isinstance(p, Tensor) and p.is_complex():
-                    raise ValueError(f"Invalid params: {name} is complex; use its real view")
-                seen.add(id(p))
-        self._validate(self.defaults | param_group)
-        super().add_param_group(param_group)
-
-    def state_dict(self) -> dict[str, Any]:
-        """As in torch, with one more entry, ``"engine"``: counters and the generator's state."""
-        engine = {name: deepcopy(getattr(self, name)) for name in self.saved}
-        if self.generator is not None:
-            engine["generator"] = self.generator.get_state()
-        return super().state_dict() | {"engine": engine}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As in torch, but state keeps its dtype: float32 also for half-precision parameters."""
-        final: dict[str, Any] = {}
-        hook = self.register_load_state_dict_pre_hook(lambda _, loaded: final.update(loaded))
-        try:
-            super().load_state_dict(state_dict)
-        finally:
-            hook.remove()
-        indices = (index for group in final["param_groups"] for index in group["params"])
-        for index, p in zip(indices, self._parameters(), strict=True):
-            for key, value in final["state"].get(index, {}).items():
-                if isinstance(value, Tensor):
-                    self.state[p][key] = value.to(p.device, copy=True)
-        engine = dict(final.get("engine", {}))
-        generator = engine.pop("generator", None)
-        for name, value in engine.items():
-            setattr(self, name, deepcopy(value))
-        if generator is not None and self.generator is not None:
-            self.generator.set_state(generator.cpu())
-
-    def __getstate__(self) -> dict[str, Any]:
-        """All but hooks, gradients of a step under way, and ``step``, which schedulers wrap."""
-        kept = vars(self).items()
-        passing = ("step", "collected", "_left", "_recorded")
-        return {k: v for k, v in kept if k not in passing and not k.startswith("_optimizer_")}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        self._forget()
-        for group in self.param_groups:  # of an older version, which lacked some settings
-            for key in self.defaults.keys() - {"differentiable"}:  # which torch adds
-                group.setdefault(key, self.defaults[key])
-
-    def _parameters(self) -> Iterable[Tensor]:
-        return (p for group in self.param_groups for p in group["params"])
-
-    def _named(self) -> list[tuple[str, Tensor]]:
-        named: list[tuple[str, Tensor]] = []
-        for group in self.param_groups:
-            params = group["params"]
-            names = group.get("param_names") or [
-                f"parameter {len(named) + i}" for i in range(len(params))
-            ]
-            named += zip(names, params, strict=True)
-        return named
-
-    def _name(self, parameter: Tensor) -> str:
-        """The parameter's name and shape, for messages."""
-        name = next(name for name, p in self._named() if p is parameter)
-        return f"{name} {list(parameter.shape)}"
+            raise CurvoptError(SCALED)
 
 
-def _wrapped(optimizer: EngineOptimizer) -> EngineOptimizer | None:
+def wrapped_by(optimizer: EngineOptimizer) -> EngineOptimizer | None:
     """The optimizer behind Lightning's wrapper, which poses as an instance of its class."""
     return vars(optimizer).get("_optimizer")
 
@@ -406,9 +351,7 @@ class PlainBackward(TorchFunctionMode):
         """Go backward as usual."""
         check_loss(loss)
         self.optimizer._begin_pass()
-        for p in self.optimizer._parameters():
-            if p.grad is not None:  # autograd adds in place; a failed step gives the old one back
-                p.grad = p.grad.clone()
+        self.optimizer._keep_gradients()
         loss.backward(*args, **kwargs)
         self.optimizer.collected.append({})
         self.optimizer._note(recorded=True)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from typing import Any, ClassVar
+from collections.abc import Callable
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Generator, Tensor
 
 from curvopt.optim.base import EngineOptimizer
+from curvopt.optim.state import held
 from curvopt.quantities import DiagGGNExact, DiagGGNMC, Quantity
 
 # Logarithm of the largest rate: on a plane, or in a long warm-up, gradients agree for ever.
@@ -79,8 +81,9 @@ class DiagGGNOptimizer(EngineOptimizer):
         generator: source of the sketch's signs, on the parameters' device; torch's global one by
             default.
         maximize: ascend instead of descend.
-        batch_size: number of samples, where the model's first op and the loss do not tell.
-        reduction: ``"mean"`` or ``"sum"``: how a loss written by hand is reduced over samples.
+        batch_size: number of samples, where the data flow leaves two readings; checked against it.
+        reduction: ``"mean"`` or ``"sum"``: what a sample's own loss is where a sum is scaled by
+            something that may be a count: N times its part of the loss, or its part.
 
     Raises:
         ValueError: a setting is out of range.
@@ -170,88 +173,161 @@ class DiagGGNOptimizer(EngineOptimizer):
             return [DiagGGNExact()]
         return [DiagGGNMC(self.samples, generator=self.generator)]
 
+    def _join(self) -> None:
+        """The loss of all processes is the mean of theirs, and so is its curvature."""
+        parts = [part for values in self.collected for part in values.values()]
+        keys = [list(part) for part in parts]
+        flat = [part[p] for part, ps in zip(parts, keys, strict=True) for p in ps]
+        means = iter(self._ranks.sums(flat))
+        count = self._ranks.place[1]
+        self.collected[:] = [
+            {k: {p: next(means).div_(count) for p in ps}} for k, ps in enumerate(keys)
+        ]
+
     def _update(self) -> None:
         measured = [part for values in self.collected for part in values.values()]
-        self.waiting = False
+        waiting, plans = False, []
         for group in self.param_groups:
-            moving = []
+            moves = []
             for p in group["params"]:
                 if p.grad is None:
                     continue
-                if p not in self.state and not any(p in part for part in measured):
-                    self.waiting = True  # it takes part for the first time: measured next
-                    continue
-                state = self.state[p]
-                if not state:
-                    buffer = torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32))
-                    state.update(step=0, weight=0.0, momentum_buffer=buffer)
-                    state["curvature"] = torch.zeros_like(buffer)
                 parts = [part[p] for part in measured if p in part]
-                if parts:
-                    _measure(state, group, parts)
-                moving.append((p, p.grad, state))
-            _move(moving, group)
+                state = dict(self.state[p]) if p in self.state else {}
+                if not state and not parts:
+                    waiting = True  # it takes part for the first time: measured next
+                    continue
+                if not state:
+                    m = torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32))
+                    state = dict(step=0, weight=0.0, momentum_buffer=m)
+                    state["curvature"] = torch.zeros_like(m)
+                moves.append(Move(p, p.grad, state, parts, self._name))
+            plans.append(Plan(moves, group))
+        self.waiting = waiting
+        for plan in plans:  # nothing has changed so far
+            plan.carry_out(self.state)
 
 
-def _measure(state: dict[str, Any], group: dict[str, Any], parts: list[Tensor]) -> None:
-    """Average the curvature, and invert it for the steps to come."""
-    decay, damping = group["curvature_decay"], group["damping"]
-    h, total = state["curvature"], parts[0]
-    for part in parts[1:]:  # of several backward passes in one step
-        total = total + part
-    h.lerp_(total.to(h.dtype), 1 - decay)
-    # What fades away without gradients ends as denormal numbers, which are slow, and stays so.
-    m, info = state["momentum_buffer"], torch.finfo(h.dtype)
-    nothing = info.tiny / info.eps
-    torch.hardshrink(m, nothing, out=m)
-    state["weight"] = 1 - decay * (1 - state["weight"])
-    mean = h.mean() / state["weight"]
-    shift = torch.where(mean > nothing, damping * mean, damping)  # whose inverse is a number
-    if "inverse" not in state:
-        state["inverse"] = torch.empty_like(h)
-    inverse = state["inverse"]
-    torch.add(shift, h, alpha=1 / state["weight"], out=inverse).reciprocal_()
-    if not damping:  # an element without curvature has no Newton step: it stays
-        inverse.nan_to_num_(posinf=0)
+class Move:
+    """What one step does to a parameter.
+
+    Args:
+        p: the parameter.
+        grad: its gradient.
+        state: a copy of its state, whose numbers are made those to come.
+        parts: D of each backward pass that measured it.
+        name: of a parameter, for messages.
+
+    Attributes:
+        measured: D, if it was measured.
+        factor: of the step.
+        step: the step, for a parameter of another dtype than its state.
+    """
+
+    def __init__(
+        self,
+        p: Tensor,
+        grad: Tensor,
+        state: dict[str, Any],
+        parts: list[Tensor],
+        name: Callable[[Tensor], str],
+    ):
+        self.p, self.state = p, state
+        self.m = held(state, "momentum_buffer", p, name)
+        self.h = held(state, "curvature", p, name)
+        self.inverse = self.m if parts else held(state, "inverse", p, name)
+        self.grad = grad.to(self.m.dtype)
+        self.measured: Tensor | None = None
+        if parts:
+            total = parts[0]
+            for part in parts[1:]:  # of several backward passes in one step
+                total = total + part
+            self.measured = total.to(self.h.dtype)
+        self.factor, self.step = 0.0, cast(Tensor | None, None)
 
 
-def _move(moving: list[tuple[Tensor, Tensor, dict[str, Any]]], group: dict[str, Any]) -> None:
-    """Move tensors, given their gradients and state."""
-    if not moving:
-        return
-    momentum, adapts = group["momentum"], group["momentum"] and group["adaptation"]
-    means = [state["momentum_buffer"] for _, _, state in moving]
-    grads = [grad.to(m.dtype) for (_, grad, _), m in zip(moving, means, strict=True)]
-    torch._foreach_lerp_(means, grads, 1 - momentum)
-    squares = [
-        _product_square(state["momentum_buffer"], state["inverse"]) for _, _, state in moving
-    ]
-    if adapts:
-        squares += [_square(x) for x in (*grads, *means)]
-    # Fetched from their device at once.
-    numbers = torch.stack([square.to(squares[0].device) for square in squares]).tolist()
-    for index, (p, _, state) in enumerate(moving):
-        state["step"] += 1
-        correction = 1 / (1 - momentum ** state["step"])
-        m, inverse = state["momentum_buffer"], state["inverse"]
-        if math.isinf(numbers[index]):  # the square alone may be too large
-            numbers[index] = float(_square(m.double() * inverse.double()))
-        length = numbers[index] ** 0.5 * correction
-        factor = float(group["lr"]) * correction
-        if adapts:
-            gradient, mean = numbers[index + len(means)], numbers[index + 2 * len(means)]
-            _adapt(state, group, gradient, mean * correction**2)
-        factor *= math.exp(state.get("log_rate", 0.0))
-        bound = group["max_step"] * p.numel() ** 0.5
-        if length > bound:
-            factor *= bound / length
-        if group["weight_decay"]:
-            p.mul_(1 - float(group["lr"]) * group["weight_decay"])
-        factor = factor if group["maximize"] else -factor
-        if m.dtype == p.dtype:
-            p.addcmul_(m, inverse, value=factor)
-        else:
-            p.add_((m * inverse).mul_(factor).to(p.dtype))
+class Plan:
+    """What one step does to the parameters of a group, computed before anything changes.
+
+    Args:
+        moves: what is known of each parameter.
+        group: the settings.
+    """
+
+    def __init__(self, moves: list[Move], group: dict[str, Any]):
+        self.moves, lr = moves, float(group["lr"])
+        self.weight, self.decay = 1 - group["momentum"], 1 - group["curvature_decay"]
+        self.shrink = 1 - lr * group["weight_decay"]
+        for move in moves:
+            if move.measured is not None:
+                self._measure(move, group["damping"])
+        if moves:
+            self._lead(group, lr)
+
+    def _measure(self, move: Move, damping: float) -> None:
+        """Invert what the curvature will be, for the steps to come."""
+        state, h = move.state, move.h
+        state["weight"] = 1 - (1 - self.decay) * (1 - state["weight"])
+        inverse = h.lerp(cast(Tensor, move.measured), self.decay)
+        mean = inverse.mean() / state["weight"]
+        # Whose inverse is a number.
+        shift = torch.where(mean > _nothing(h), damping * mean, damping)
+        torch.add(shift, inverse, alpha=1 / state["weight"], out=inverse).reciprocal_()
+        if not damping:  # an element without curvature has no Newton step: it stays
+            inverse.nan_to_num_(posinf=0)
+        state["inverse"] = move.inverse = inverse
+
+    def _lead(self, group: dict[str, Any], lr: float) -> None:
+        """Find how far each parameter goes."""
+        momentum, moves = group["momentum"], self.moves
+        adapts = momentum and group["adaptation"]
+        squares = [_squares(move.m, move.grad, move.inverse, self.weight) for move in moves]
+        # Fetched from their device at once.
+        numbers = torch.stack([part.to(squares[0].device) for part in squares]).tolist()
+        for move, (length, mean, gradient) in zip(moves, numbers, strict=True):
+            p, state = move.p, move.state
+            state["step"] += 1
+            correction = 1 / (1 - momentum ** state["step"])
+            if math.isinf(length):  # the square alone may be too large
+                mean_of = move.m.lerp(move.grad, self.weight).double()
+                length = float(_square(mean_of * move.inverse.double()))
+            length = length**0.5 * correction
+            factor = lr * correction
+            if adapts:
+                _adapt(state, group, gradient, mean * correction**2)
+            factor *= math.exp(state.get("log_rate", 0.0))
+            bound = group["max_step"] * p.numel() ** 0.5
+            if length > bound:
+                factor *= bound / length
+            move.factor = factor if group["maximize"] else -factor
+            if move.m.dtype != p.dtype:
+                mean_of = move.m.lerp(move.grad, self.weight)
+                move.step = mean_of.mul_(move.inverse).mul_(move.factor).to(p.dtype)
+
+    def carry_out(self, states: Any) -> None:
+        """Change parameters and states, in place and without memory: nothing that could fail."""
+        for move in self.moves:
+            if move.measured is not None:
+                move.h.lerp_(move.measured, self.decay)
+                # What fades without gradients ends as denormal numbers, slow, and stays so.
+                torch.hardshrink(move.m, _nothing(move.h), out=move.m)
+        if self.moves:
+            grads = [move.grad for move in self.moves]
+            torch._foreach_lerp_([move.m for move in self.moves], grads, self.weight)
+        for move in self.moves:
+            states[move.p].update(move.state)
+            if self.shrink != 1:
+                move.p.mul_(self.shrink)
+            if move.step is None:
+                move.p.addcmul_(move.m, move.inverse, value=move.factor)
+            else:
+                move.p.add_(move.step)
+
+
+def _nothing(like: Tensor) -> float:
+    """The smallest number whose inverse is one."""
+    info = torch.finfo(like.dtype)
+    return info.tiny / info.eps
 
 
 def _square(x: Tensor) -> Tensor:
@@ -260,14 +336,22 @@ def _square(x: Tensor) -> Tensor:
     return torch.dot(flat, flat)
 
 
-def _product_square(a: Tensor, b: Tensor) -> Tensor:
-    """Squared norm of the elementwise product, which on a CPU costs less in blocks than whole."""
-    plain = a.is_contiguous() and b.is_contiguous()
-    if a.device.type != "cpu" or a.numel() <= BLOCK or not plain:
-        return _square(a * b)
-    scratch = a.new_empty(BLOCK)  # large fresh memory is slow: the system clears it page by page
-    pairs = zip(a.view(-1).split(BLOCK), b.view(-1).split(BLOCK), strict=True)
-    return torch.stack([_square(torch.mul(x, y, out=scratch[: len(x)])) for x, y in pairs]).sum()
+def _squares(m: Tensor, grad: Tensor, inverse: Tensor, weight: float) -> Tensor:
+    """Squares of the step, of the momentum to come and of the gradient: ``[3]``.
+
+    On a CPU in blocks, which cost less than a whole: large fresh memory is slow, the system clears
+    it page by page.
+    """
+    rows: list[tuple[Tensor, ...]] = [(m, grad, inverse)]
+    if m.device.type == "cpu" and all(x.is_contiguous() for x in rows[0]):
+        rows = [*zip(*(x.view(-1).split(BLOCK) for x in rows[0]), strict=True)]
+    scratch = torch.empty_like(rows[0][0])
+    squares = []
+    for m, grad, inverse in rows:
+        mean = torch.lerp(m, grad, weight, out=scratch[: len(m)] if len(rows) > 1 else scratch)
+        known = _square(mean), _square(grad)
+        squares += [_square(mean.mul_(inverse)), *known]
+    return torch.stack(squares).view(-1, 3).sum(0)
 
 
 def _adapt(state: dict[str, Any], group: dict[str, Any], gradient: float, mean: float) -> None:

@@ -4,22 +4,20 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from itertools import zip_longest
-from typing import Any, ClassVar, cast
+from operator import itemgetter
+from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
-from curvopt.engine.compute import Computation
+from curvopt.engine.computation import Computation
 from curvopt.errors import CurvoptError
-from curvopt.optim.base import EngineOptimizer
-from curvopt.quantities.base import Context, Quantity
-from curvopt.structures import Structure
-
-# A parameter, its gradient, momentum buffer and S, and what is new in S, if anything.
-Row = tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]
+from curvopt.optim.base import Backward, EngineOptimizer
+from curvopt.optim.noise import Batch, Moments, Noise, guessed, squared_norms
+from curvopt.optim.state import held
+from curvopt.quantities import Quantity
 
 # Elements of a block: 256 KiB of float32.
 BLOCK = 1 << 16
@@ -67,8 +65,9 @@ class VarianceAdaptiveSGD(EngineOptimizer):
         noise_decay: of the averages behind `noise`, per measurement. Default 0.9.
         noise_tests: measure what the inner-product and orthogonality tests in `noise` need: one
             more product per layer, with S.
-        batch_size: number of samples, where the model's first op and the loss do not tell.
-        reduction: ``"mean"`` or ``"sum"``: how a loss written by hand is reduced over samples.
+        batch_size: number of samples, where the data flow leaves two readings; checked against it.
+        reduction: ``"mean"`` or ``"sum"``: what a sample's own loss is where a sum is scaled by
+            something that may be a count: N times its part of the loss, or its part.
 
     Raises:
         ValueError: a setting is out of range.
@@ -135,72 +134,82 @@ class VarianceAdaptiveSGD(EngineOptimizer):
         due = self.steps % self.variance_every == 0
         return [Moments(self.noise_tests)] if due else []
 
-    def _accumulate(self, computation: Computation, quantities: list[Quantity]) -> None:
+    def _accumulate(
+        self, computation: Computation, quantities: list[Quantity], backward: Backward
+    ) -> None:
         (moments,) = quantities
-        batch = Batch.of(computation, moments)
-        self._add_gradients(computation, batch.sums)
+        values: dict[str, Any] = {}
+        with computation.watching([moments], values):
+            backward(computation.derives)
+        batch = Batch.of(computation, moments, values[moments.field])
         self.collected[:] = [self.collected[0].joined(batch) if self.collected else batch]
+
+    def _join(self) -> None:
+        self.collected[:] = [batch.over(self._ranks) for batch in self.collected]
 
     # -- the step ---------------------------------------------------------------------------------
 
     def _update(self) -> None:
         batch = self.collected[0] or None  # {} after a plain backward pass
-        n = self.samples = batch.samples if batch else self.samples
+        n = batch.samples if batch else self.samples
         scale = n * n / (n - 1) * self._shrunk(batch) if batch and n > 1 else 1.0
-        for group in self.param_groups:
-            alike: dict[Any, list[Row]] = defaultdict(list)  # all, unless some were frozen before
-            for p in group["params"]:
-                if p.grad is not None:
-                    key, row = self._row(p, group["momentum"], batch)
-                    alike[key].append(row)
-            together = group["foreach"]
-            for (spread, share, dtype), rows in alike.items():
-                if together is None:
-                    together = rows[0][0].device.type != "cpu"
-                new = share * scale
-                if together and dtype == rows[0][2].dtype:
-                    _move_all(group, spread, share, new, *map(list, zip(*rows, strict=True)))
-                    continue
-                for row in rows:
-                    for block in _blocks(row):
-                        _move(group, spread, share, new, *block)
-        if batch and n > 1:
-            self._observe(batch)
+        plans = [
+            plan for group in self.param_groups for plan in self._plans(group, batch, n, scale)
+        ]
+        averages = self._observed(batch) if batch and n > 1 else self.averages
+        # Nothing has changed so far.
+        self.samples, self.averages = n, averages
+        for plan in plans:
+            plan.carry_out(self.state)
 
-    def _row(self, p: Tensor, mu: float, batch: Batch | None) -> tuple[Any, Row]:
-        """What moving a parameter needs: r, the share of news in S, its dtype; and its tensors."""
-        state = self.state[p]
+    def _plans(
+        self, group: dict[str, Any], batch: Batch | None, n: int, scale: float
+    ) -> list[Plan]:
+        """What the step does to a group, parameters that are treated alike together."""
+        alike: dict[Any, list[Row]] = defaultdict(list)  # all, unless some were frozen before
+        for p in group["params"]:
+            if p.grad is not None:
+                key, row = self._row(p, group["momentum"], batch, n)
+                alike[key].append(row)
+        return [
+            Plan(group, spread, share, share * scale, rows)
+            for (spread, share, _), rows in alike.items()
+        ]
+
+    def _row(self, p: Tensor, mu: float, batch: Batch | None, n: int) -> tuple[Any, Row]:
+        """What moving a parameter needs: r, the share of news in S, its dtype; and the rest."""
+        state = dict(self.state[p]) if p in self.state else {}
         if not state:
             b = torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32))
             # S is positive: 0 / 0 must not happen.
             state.update(step=0, spread=0.0, measured=0, momentum_buffer=b)
             state["variance"] = torch.full_like(b, _floor(b.dtype))
-        b, s = state["momentum_buffer"], state["variance"]
+        b, s = (held(state, key, p, self._name) for key in ("momentum_buffer", "variance"))
         grad = cast(Tensor, p.grad).to(b.dtype)
         decay, scatter = mu, None
-        if self.samples > 1 and batch and p in batch.scatter:
+        if n > 1 and batch and p in batch.scatter:
             decay, scatter = mu**self.variance_every, batch.scatter[p]
-        elif self.samples == 1 and state["step"]:
-            scatter = _guess(grad, b, state["step"], mu)
+        elif n == 1 and state["step"]:
+            scatter = guessed(grad, b, state["step"], mu)
         share = 0.0
         if scatter is not None:
             state["measured"] += 1
             share = max(1 / state["measured"], 1 - decay)  # a mean at first
-        state["spread"] = mu**2 * state["spread"] + 1 / self.samples
+        state["spread"] = mu**2 * state["spread"] + 1 / n
         state["step"] += 1
-        return (state["spread"], share, p.dtype), (p, grad, b, s, scatter)
+        return (state["spread"], share, p.dtype), Row(p, grad, b, s, scatter, state)
 
     def _shrunk(self, batch: Batch) -> float:
         """Squared factor by which ``p.grad`` was clipped since the backward pass."""
         if self._unchanged():
             return 1.0
-        now = _squared_norms([p.grad for p in batch.sums if p.grad is not None]).sum()
+        now = squared_norms([p.grad for p in batch.sums if p.grad is not None]).sum()
         return min(1.0, float(now / batch.norms.sum()))
 
     # -- noise ------------------------------------------------------------------------------------
 
-    def _observe(self, batch: Batch) -> None:
-        """Average what `noise` needs; numerators and denominators apart."""
+    def _observed(self, batch: Batch) -> dict[str, Tensor]:
+        """Averages of what `noise` needs; numerators and denominators apart."""
         n = batch.samples
         rates = {p: float(group["lr"]) for group in self.param_groups for p in group["params"]}
         scatters = torch.stack([part.sum() for part in batch.scatter.values()])
@@ -222,9 +231,11 @@ class VarianceAdaptiveSGD(EngineOptimizer):
             seen["tested squared"] = gradient**2
             seen["along"] = n / (n - 1) * (batch.products - gradient**2 / n)
             seen["across"] = n / (n - 1) * (energy - batch.products / gradient)
+        averages = dict(self.averages)
         for name, value in seen.items():
-            before = self.averages.get(name, torch.zeros_like(value))
-            self.averages[name] = before.lerp(value, 1 - self.noise_decay)
+            before = averages.get(name, torch.zeros_like(value))
+            averages[name] = before.lerp(value, 1 - self.noise_decay)
+        return averages
 
     @property
     def noise(self) -> Noise:
@@ -252,188 +263,125 @@ class VarianceAdaptiveSGD(EngineOptimizer):
         )
 
 
-class Moments(Quantity):
-    """Sum and sum of squares, ``([*p], [*p])``, of the samples' parts of the gradient.
+class Row(NamedTuple):
+    """A parameter, its gradient, momentum buffer and S, what is new in S, and its state to come."""
+
+    p: Tensor
+    grad: Tensor
+    b: Tensor
+    s: Tensor
+    scatter: Tensor | None
+    state: dict[str, Any]
+
+
+class Plan:
+    """What one step does to some parameters: `VarianceAdaptiveSGD` says it, ``r = spread``.
+
+    Whatever can fail is done before anything changes. One by one, parameters then move by
+    arithmetic that is in place and has its memory already; together, by steps computed before.
 
     Args:
-        products: also compute the parts' inner products with the gradient.
-
-    Attributes:
-        products: the sum of their squares, over all parameters together; else None.
+        group: the settings.
+        spread: r.
+        share: of the news in S.
+        new: factor of the scatter.
+        rows: the parameters.
     """
 
-    field = "moments"
+    def __init__(
+        self, group: dict[str, Any], spread: float, share: float, new: float, rows: list[Row]
+    ):
+        lr = float(group["lr"])
+        self.spread, self.share, self.new, self.rows = spread, share, new, rows
+        self.momentum, self.debiased = group["momentum"], group["debiased"]
+        self.rate = lr if group["maximize"] else -lr
+        self.shrink = 1 - lr * group["weight_decay"]
+        self.floor, together = _floor(rows[0].s.dtype), group["foreach"]
+        if together is None:
+            together = rows[0].p.device.type != "cpu"
+        self.together = together and rows[0].p.dtype == rows[0].b.dtype
+        if self.together:
+            self.steps = self._steps(*(list(part) for part in zip(*rows, strict=True)))
+            return
+        self.blocks = [block for row in rows for block in _blocks(*row[:5])]
+        self.scratch = {
+            device: torch.empty(2, size, dtype=rows[0].b.dtype, device=device)
+            for device, size in sorted(
+                ((b.device, b.numel()) for _, _, b, _, _ in self.blocks), key=itemgetter(1)
+            )
+        }
 
-    def __init__(self, products: bool):
-        self.asked = products
-        self.products: Tensor | None = None
+    def _move(self, p: Tensor, grad: Tensor, b: Tensor, s: Tensor, scatter: Tensor | None) -> None:
+        """Move one parameter, or a block of it."""
+        if scatter is not None:
+            self._spread(s, scatter)
+        torch.add(grad, b, alpha=self.momentum, out=b)
+        squares, other = (part[: b.numel()].view(b.shape) for part in self.scratch[b.device])
+        torch.mul(b, b, out=squares)
+        # gamma = top / bottom
+        if self.debiased:
+            top = torch.sub(squares, s, alpha=self.spread, out=other).clamp_(min=0)
+            bottom = squares.clamp_(min=self.floor)
+        else:
+            top, bottom = squares, torch.add(squares, s, alpha=self.spread, out=other)
+        step = torch.div(b, bottom, out=bottom)
+        if self.shrink != 1:
+            p.mul_(self.shrink)
+        if p.dtype == step.dtype:
+            p.addcmul_(top, step, value=self.rate)
+        else:
+            p.add_(step.mul_(top), alpha=self.rate)
 
-    def reduce_all(  # noqa: D102 (as in the base class)
-        self, structures: dict[Tensor, Structure], context: Context
-    ) -> dict[Tensor, tuple[Tensor, Tensor]]:
-        result = {p: structure.moments() for p, structure in structures.items()}
-        if self.asked:
-            dots = [structure.dots(result[p][0])[0] for p, structure in structures.items()]
-            self.products = torch.stack(dots).sum(0).square().sum()
-        return result
+    def _spread(self, s: Tensor, scatter: Tensor) -> Tensor:
+        return s.mul_(1 - self.share).add_(scatter, alpha=self.new).clamp_(min=self.floor)
 
+    def _steps(
+        self, _: Any, grads: Any, buffers: Any, spreads: Any, scatters: Any, *__: Any
+    ) -> Any:
+        """The steps of many parameters by each call, before their rate."""
+        if scatters[0] is not None:
+            spreads = torch._foreach_mul(spreads, 1 - self.share)
+            torch._foreach_add_(spreads, scatters, alpha=self.new)
+            torch._foreach_clamp_min_(spreads, self.floor)
+        buffers = torch._foreach_mul(buffers, self.momentum)
+        torch._foreach_add_(buffers, grads)
+        top = bottom = torch._foreach_mul(buffers, buffers)
+        if self.debiased:
+            top = torch._foreach_add(bottom, spreads, alpha=-self.spread)
+            torch._foreach_clamp_min_(top, 0)
+            torch._foreach_clamp_min_(bottom, self.floor)
+        else:
+            bottom = torch._foreach_add(top, spreads, alpha=self.spread)
+        torch._foreach_div_(buffers, bottom)
+        torch._foreach_mul_(buffers, top)
+        return buffers
 
-@dataclass(frozen=True)
-class Noise:
-    r"""How noisy the gradient is; S the covariance of per-sample gradients, G the true gradient.
-
-    Tests are passed while their value is below a bound: theta^2 or nu^2. They fall as 1 / N.
-
-    Attributes:
-        batch_size: N of the last step.
-        trace: tr S, unbiased.
-        signal: :math:`|G|^2`, unbiased: :math:`|g|^2 - \operatorname{tr} S / N`; may be negative.
-        scale: the gradient noise scale :math:`\operatorname{tr} S / |G|^2`, in samples. A batch
-            much smaller is mostly noise, one much larger wastes samples (McCandlish et al. 2018,
-            arXiv 1812.06162). Infinite where the signal is not above zero.
-        norm_test: :math:`\operatorname{tr} S / (N |g|^2)`, to be below theta^2, theta in (0, 1)
-            (Byrd et al. 2012, doi 10.1007/s10107-012-0572-5).
-        inner_product_test: :math:`\operatorname{var}_n(g_n^T g) / (N |g|^4)`, to be below
-            theta^2, theta = 0.9 (Bollapragada et al. 2018, arXiv 1802.05098). Weaker than the norm
-            test, so that batches stay smaller. None unless `noise_tests` was set and the step
-            was one backward pass.
-        orthogonality_test: :math:`\operatorname{tr} S` across g, over :math:`N |g|^2`, to be
-            below nu^2, nu = 5.84 (ibid.). None as above.
-        cabs: the batch size that CABS asks for, :math:`\mathrm{lr} \operatorname{tr} S / L`, for a
-            loss L whose minimum is about 0; lr is meant for SGD without momentum (Balles et al.
-            2017, arXiv 1612.05086).
-    """
-
-    batch_size: int
-    trace: float
-    signal: float
-    scale: float
-    norm_test: float
-    inner_product_test: float | None
-    orthogonality_test: float | None
-    cabs: float
-
-
-@dataclass
-class Batch:
-    r"""What the recorded passes of one step left; z_n is sample n's part of the gradient.
-
-    Attributes:
-        samples: N.
-        loss: their sum.
-        sums: :math:`\sum_n z_n` per parameter.
-        scatter: :math:`\sum_n (z_n - \bar z)^2` per parameter.
-        products: :math:`\sum_n \langle z_n, g \rangle^2`, None unless measured, in one pass.
-        norms: :math:`|\sum_n z_n|^2` of each parameter, in order.
-    """
-
-    samples: int
-    loss: Tensor
-    sums: dict[Tensor, Tensor]
-    scatter: dict[Tensor, Tensor]
-    products: Tensor | None
-    norms: Tensor
-
-    @classmethod
-    def of(cls, computation: Computation, moments: Any) -> Batch:
-        """The batch of one backward pass."""
-        values = computation.run([moments], free=True)[moments.field]
-        n, loss = computation.samples, computation.loss.detach()
-        sums = {p: total for p, (total, _) in values.items()}
-        scatter = {p: q.addcmul_(z, z, value=-1 / n) for p, (z, q) in values.items()}
-        return cls(n, loss, sums, scatter, moments.products, _squared_norms(sums.values()))
-
-    def joined(self, other: Batch) -> Batch:
-        """Both batches as one."""
-        n, m = self.samples, other.samples
-        sums, scatter = dict(self.sums), dict(self.scatter)
-        for p, total in other.sums.items():
-            apart = sums[p] / n - total / m
-            scatter[p] = scatter[p] + other.scatter[p] + apart.square_().mul_(n * m / (n + m))
-            sums[p] = sums[p] + total
-        norms = _squared_norms(sums.values())
-        return Batch(n + m, self.loss + other.loss, sums, scatter, None, norms)
+    def carry_out(self, states: Any) -> None:
+        """Change parameters and states, in place and without memory: nothing that could fail."""
+        for row in self.rows:
+            states[row.p].update(row.state)
+        if not self.together:
+            for block in self.blocks:
+                self._move(*block)
+            return
+        params, grads, buffers, spreads, scatters, _ = (
+            list(part) for part in zip(*self.rows, strict=True)
+        )
+        if scatters[0] is not None:
+            torch._foreach_mul_(spreads, 1 - self.share)
+            torch._foreach_add_(spreads, scatters, alpha=self.new)
+            torch._foreach_clamp_min_(spreads, self.floor)
+        torch._foreach_mul_(buffers, self.momentum)
+        torch._foreach_add_(buffers, grads)
+        if self.shrink != 1:
+            torch._foreach_mul_(params, self.shrink)
+        torch._foreach_add_(params, self.steps, alpha=self.rate)
 
 
-def _guess(grad: Tensor, b: Tensor, t: int, mu: float) -> Tensor:
-    """The variance of a single sample's gradient, from its distance to the mean of those before.
-
-    The mean of t gradients is b over the sum of its weights. With a constant variance S its own is
-    ``spread * S``, and the expected squared distance (1 + spread) S.
-    """
-    weight = (1 - mu**t) / (1 - mu)
-    spread = (1 - mu ** (2 * t)) / (1 - mu**2) / weight**2
-    return (grad - b / weight).square_().div_(1 + spread)
-
-
-def _move(
-    group: dict[str, Any],
-    spread: float,
-    share: float,
-    new: float,
-    p: Tensor,
-    grad: Tensor,
-    b: Tensor,
-    s: Tensor,
-    scatter: Tensor | None,
-) -> None:
-    """Move one parameter, or a block of it: what `VarianceAdaptiveSGD` says, ``r = spread``."""
-    lr, decay, floor = float(group["lr"]), group["weight_decay"], _floor(s.dtype)
-    if scatter is not None:
-        s.mul_(1 - share).add_(scatter, alpha=new).clamp_(min=floor)
-    torch.add(grad, b, alpha=group["momentum"], out=b)
-    squares = b * b
-    # gamma = top / bottom
-    if group["debiased"]:
-        top, bottom = squares.sub(s, alpha=spread).clamp_(min=0), squares.clamp_(min=floor)
-    else:
-        top, bottom = squares, squares.add(s, alpha=spread)
-    step = torch.div(b, bottom, out=bottom)
-    if decay:
-        p.mul_(1 - lr * decay)
-    rate = lr if group["maximize"] else -lr
-    if p.dtype == step.dtype:
-        p.addcmul_(top, step, value=rate)
-    else:
-        p.add_(step.mul_(top), alpha=rate)
-
-
-def _move_all(
-    group: dict[str, Any],
-    spread: float,
-    share: float,
-    new: float,
-    params: list[Tensor],
-    grads: list[Tensor],
-    buffers: list[Tensor],
-    variances: list[Tensor],
-    scatters: list[Any],
-) -> None:
-    """As `_move`, many parameters by each call."""
-    lr, decay, floor = float(group["lr"]), group["weight_decay"], _floor(variances[0].dtype)
-    if scatters[0] is not None:
-        torch._foreach_mul_(variances, 1 - share)
-        torch._foreach_add_(variances, scatters, alpha=new)
-        torch._foreach_clamp_min_(variances, floor)
-    torch._foreach_mul_(buffers, group["momentum"])
-    torch._foreach_add_(buffers, grads)
-    top = bottom = torch._foreach_mul(buffers, buffers)
-    if group["debiased"]:
-        top = torch._foreach_add(bottom, variances, alpha=-spread)
-        torch._foreach_clamp_min_(top, 0)
-        torch._foreach_clamp_min_(bottom, floor)
-    else:
-        bottom = torch._foreach_add(top, variances, alpha=spread)
-    steps = torch._foreach_div(buffers, bottom)
-    if decay:
-        torch._foreach_mul_(params, 1 - lr * decay)
-    torch._foreach_addcmul_(params, top, steps, value=lr if group["maximize"] else -lr)
-
-
-def _blocks(row: Row) -> Iterator[Row]:
-    """A large parameter in blocks, which stay in a core's cache over the calls of `_move`."""
+def _blocks(*row: Tensor | None) -> Iterator[Any]:
+    """Large tensors in blocks, which stay in a core's cache over the calls of `Plan._move`."""
     given = [tensor for tensor in row if tensor is not None]
-    if row[0].numel() <= BLOCK or not all(tensor.is_contiguous() for tensor in given):
+    if given[0].numel() <= BLOCK or not all(tensor.is_contiguous() for tensor in given):
         yield row
     else:
         yield from zip_longest(*([] if t is None else t.view(-1).split(BLOCK) for t in row))
@@ -443,8 +391,3 @@ def _floor(dtype: torch.dtype) -> float:
     """The smallest S: far below any square that matters, and still normal when it is divided."""
     info = torch.finfo(dtype)
     return info.tiny / info.eps
-
-
-def _squared_norms(tensors: Iterable[Tensor]) -> Tensor:
-    wide = [t.to(torch.promote_types(t.dtype, torch.float32)) for t in tensors]
-    return torch.stack(torch._foreach_norm(wide)).square()

@@ -5,9 +5,10 @@ A private run draws its batches with :class:`PoissonBatchSampler`, finds its noi
 Accounting needs ``dp-accounting`` (``pip install 'curvopt[privacy]'``), nothing else here does.
 """
 
-from curvopt.privacy.accounting import Phase, PrivacyLedger, PrivacyReport, calibrate_noise
+from curvopt.privacy.accounting import PrivacyLedger, calibrate_noise
 from curvopt.privacy.clipping import QuantileClipping
 from curvopt.privacy.noise import GaussianNoise, gaussian_noise
+from curvopt.privacy.report import Phase, PrivacyReport
 from curvopt.privacy.sampling import (
     EmptyBatchCollate,
     PoissonBatchSampler,

@@ -1,140 +1,22 @@
-"""What a run has spent: a ledger of its noisy steps, on top of Google's ``dp-accounting``.
-
-``dp-accounting`` is imported when an epsilon is asked for, and not before.
-"""
+"""What a run has spent: a ledger of its noisy steps, and the noise that a budget allows."""
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 import warnings
 from importlib import import_module
 from importlib.metadata import version
-from typing import Any, Literal
+from typing import Any
 
 from curvopt.privacy.checks import require
+from curvopt.privacy.epsilon import Accountant, Releases, accounting, epsilon_of, on_grid
+from curvopt.privacy.report import Phase, PrivacyReport, epoch_length
 from curvopt.privacy.sampling import SamplerKind
 from curvopt.privacy.schedules import Schedule
 
-Accountant = Literal["pld", "rdp"]
-# (noise multiplier, Poisson rate, how often); the rate 1 means that nothing is amplified.
-Releases = tuple[tuple[float, float, int], ...]
-
 ADD_OR_REMOVE = "add or remove one sample"
 ZERO_OUT = "zero out one sample (it stays in its batch and contributes nothing)"
-
-
-def _dp_accounting() -> Any:
-    try:
-        import dp_accounting
-    except ImportError as error:
-        raise ImportError(
-            "Privacy accounting needs dp-accounting: pip install 'curvopt[privacy]'"
-        ) from error
-    return dp_accounting
-
-
-@dataclasses.dataclass
-class Phase:
-    r"""Equal steps in a row.
-
-    Attributes:
-        noise_multiplier: :math:`\sigma`, the noise's standard deviation over the clipping norm.
-        sample_rate: q.
-        steps: How many.
-        sampler: What drew the batches.
-        min_grad_norm: The smallest clipping norm C of these steps, if known.
-        max_grad_norm: The largest.
-        aligned: Whether the first step began an epoch; matters to shuffled batches alone.
-    """
-
-    noise_multiplier: float
-    sample_rate: float
-    steps: int
-    sampler: SamplerKind = "poisson"
-    min_grad_norm: float | None = None
-    max_grad_norm: float | None = None
-    aligned: bool = True
-
-    @property
-    def kind(self) -> tuple[float, float, SamplerKind]:
-        """What equal steps have in common."""
-        return self.noise_multiplier, self.sample_rate, self.sampler
-
-    @property
-    def epochs(self) -> int:
-        """The most shuffled orders that these steps can belong to."""
-        length = _epoch_length(self.sample_rate)
-        return (self.steps - 1 + (0 if self.aligned else length - 1)) // length + 1
-
-    @property
-    def ends_an_epoch(self) -> bool:
-        """Whether the last step was certainly the last one of an epoch."""
-        length = _epoch_length(self.sample_rate)
-        whole = math.isclose(length * self.sample_rate, 1)  # else epochs may be a step longer
-        return self.aligned and whole and self.steps % length == 0
-
-    def __str__(self) -> str:
-        low, high = self.min_grad_norm, self.max_grad_norm
-        norm = "unknown" if high is None else f"{high:g}" if low == high else f"{low:g} to {high:g}"
-        return (
-            f"{self.steps} steps, sigma = {self.noise_multiplier:g}, q = {self.sample_rate:g}, "
-            f"C = {norm}, {self.sampler}"
-        )
-
-
-@dataclasses.dataclass(frozen=True)
-class PrivacyReport:
-    """All that makes an epsilon mean something (Ponomareva et al. 2023, arXiv 2303.00654, 5.3).
-
-    ``str`` gives a text for a paper or a model card, ``dataclasses.asdict`` the plain values.
-
-    Attributes:
-        epsilon: Upper bound on the privacy loss.
-        delta: What may go beyond it; below 1 / number of samples.
-        adjacency: Which data sets are told apart by no more than that.
-        unit: What one sample is.
-        sampler: What drew the batches and whether that amplifies.
-        accountant: How epsilon was computed.
-        accountant_version: With which package.
-        steps: Number of noisy steps.
-        phases: Noise multiplier, rate, clipping norm and number of equal steps in a row.
-        num_samples: N, if known.
-    """
-
-    epsilon: float
-    delta: float
-    adjacency: str
-    unit: str
-    sampler: str
-    accountant: str
-    accountant_version: str
-    steps: int
-    phases: tuple[Phase, ...]
-    num_samples: int | None
-
-    def __str__(self) -> str:
-        shown = [str(phase) for phase in self.phases[:8]]
-        if len(self.phases) > len(shown):
-            shown.append(f"and {len(self.phases) - len(shown)} more phases")
-        samples = "" if self.num_samples is None else f" of {self.num_samples}"
-        rows = {
-            "unit": self.unit + samples,
-            "adjacency": self.adjacency,
-            "trust": "central: the data are seen in the clear by the training run alone",
-            "covers": "all iterates of this run, so every checkpoint",
-            "not covered": "the choice of hyperparameters; losses and norms that were looked at",
-            "sampling": self.sampler,
-            "mechanism": "Gaussian noise sigma C on the sum of gradients clipped to norm C",
-            "accountant": f"{self.accountant}, {self.accountant_version}",
-            "steps": str(self.steps),
-            "phases": ("\n" + " " * 14).join(shown) or "none",
-        }
-        # Epsilon is rounded up: it is a bound.
-        epsilon = math.ceil(self.epsilon * 1e4) / 1e4 if self.epsilon < math.inf else math.inf
-        head = f"({epsilon:g}, {self.delta:g})-differential privacy\n"
-        return head + "\n".join(f"  {name:<12}{text}" for name, text in rows.items())
 
 
 class PrivacyLedger:
@@ -235,7 +117,7 @@ class PrivacyLedger:
             if not shuffled:
                 warnings.warn(
                     "Shuffled batches are accounted without amplification, as one full release per "
-                    f"epoch of {_epoch_length(sample_rate)} steps, under zeroing out one sample. "
+                    f"epoch of {epoch_length(sample_rate)} steps, under zeroing out one sample. "
                     "For amplification sample with curvopt.privacy.PoissonBatchSampler.",
                     stacklevel=2,
                 )
@@ -282,7 +164,7 @@ class PrivacyLedger:
                 "sample picked at random would satisfy it. Choose a smaller delta.",
                 stacklevel=2,
             )
-        return _epsilon(self._releases(), float(delta), accountant)
+        return epsilon_of(self._releases(), float(delta), accountant)
 
     def report(
         self, delta: float, accountant: Accountant = "pld", unit: str = "one sample"
@@ -344,7 +226,7 @@ class PrivacyLedger:
             else:
                 counts[sigma, rate] = counts.pop((sigma, rate), 0) + count
         if len(counts) > 32:
-            counts = _on_grid(counts)
+            counts = on_grid(counts)
         full = ((unamplified**-0.5, 1.0, 1),) if unamplified else ()
         return full + tuple((sigma, rate, count) for (sigma, rate), count in counts.items())
 
@@ -388,7 +270,7 @@ def calibrate_noise(
     """
     require(0 < target_epsilon < math.inf, "target epsilon", target_epsilon, "must be positive")
     require(tolerance > 0, "tolerance", tolerance, "must be positive")
-    _dp_accounting()  # says what to install; scipy comes with it
+    accounting()  # says what to install; scipy comes with it
     brentq = import_module("scipy.optimize").brentq
 
     before = ledger or PrivacyLedger()
@@ -417,58 +299,3 @@ def calibrate_noise(
     while excess(sigma) > 0:
         sigma += tolerance / 2
     return sigma
-
-
-def _epoch_length(sample_rate: float) -> int:
-    """Steps in which a shuffled sample comes at most once; rounding errors of 1/q do not count."""
-    return math.floor(1 / sample_rate + 1e-9)
-
-
-def _on_grid(counts: dict[tuple[float, float], int]) -> dict[tuple[float, float], int]:
-    """Less noise and larger rates, to a grid of 2 %: fewer kinds of release, none understated."""
-    rounded: dict[tuple[float, float], int] = {}
-    for (sigma, rate), count in counts.items():
-        less = min(sigma, 1.02 ** math.floor(math.log(sigma, 1.02)))
-        more = min(1.0, max(rate, 1.02 ** math.ceil(math.log(rate, 1.02))))
-        rounded[less, more] = rounded.pop((less, more), 0) + count
-    return rounded
-
-
-@functools.lru_cache(maxsize=256)
-def _epsilon(releases: Releases, delta: float, accountant: Accountant) -> float:
-    if not releases:
-        return 0.0
-    if releases[0][0] == 0:
-        return math.inf
-    if accountant == "rdp":
-        return _epsilon_rdp(releases, delta)
-    # The support of the loss grows with 1 / sigma^2. A wider grid is coarser, still pessimistic.
-    smallest = min(sigma for sigma, _, _ in releases)
-    interval = 1e-4 * max(1.0, (0.4 / smallest) ** 2)
-    return float(_composed(releases, interval).get_epsilon_for_delta(delta))
-
-
-def _epsilon_rdp(releases: Releases, delta: float) -> float:
-    dp = _dp_accounting()
-    accountant = dp.rdp.RdpAccountant()
-    for sigma, rate, count in releases:
-        event = dp.GaussianDpEvent(sigma)
-        accountant.compose(event if rate == 1 else dp.PoissonSampledDpEvent(rate, event), count)
-    return float(accountant.get_epsilon(delta))
-
-
-@functools.lru_cache(maxsize=4)
-def _composed(releases: Releases, interval: float) -> Any:
-    """The loss distribution of all releases; a growing last one meets the cached others."""
-    *settled, (sigma, rate, count) = releases
-    last = _loss_distribution(sigma, rate, interval).self_compose(count)
-    return _composed(tuple(settled), interval).compose(last) if settled else last
-
-
-@functools.lru_cache(maxsize=4)
-def _loss_distribution(sigma: float, rate: float, interval: float) -> Any:
-    """The privacy loss of one release, in both directions of add and remove."""
-    distributions = _dp_accounting().pld.privacy_loss_distribution
-    return distributions.from_gaussian_mechanism(
-        sigma, sampling_prob=rate, value_discretization_interval=interval
-    )

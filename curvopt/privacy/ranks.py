@@ -84,6 +84,16 @@ class Ranks:
         dist.all_gather_object(found, mine, group=self.group)
         return found
 
+    def sums(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """The sums over all processes, the same on each."""
+        totals = [
+            tensor.detach().clone(memory_format=torch.contiguous_format) for tensor in tensors
+        ]
+        if self.many:
+            for total in totals:
+                dist.all_reduce(total, group=self.group)
+        return totals
+
     def sum_on_first(self, tensors: Sequence[Tensor]) -> None:
         """Add up contiguous tensors on the first process, in place; elsewhere they are used up."""
         if self.many:

@@ -137,6 +137,10 @@ def test_a_sample_of_a_hugging_face_model_contributes_at_most_the_clipping_norm(
 @pytest.mark.parametrize("loss", cases.ANY)
 def test_neighbouring_sums_differ_by_one_contribution_whatever_the_loss(loss):
     problem = Case("conv1d-groups", loss).build(n=6)
+    if loss == "two-terms":  # a sum times a number beside a mean: what it counts is not declared
+        with refused("scaled by 0.3"):
+            clipped_sum(problem)
+        return
     for n in range(6):
         others = [m for m in range(6) if m != n]
         difference = clipped_sum(problem) - clipped_sum(problem, others)
@@ -391,7 +395,11 @@ def test_a_gradient_without_noise_is_never_seen():
         return loss
 
     loss = opt.step(closure)
-    assert seen == [None] * len(seen)
+    *withheld, last = seen
+    for grad in withheld:
+        with pytest.raises(curvopt.CurvoptError, match="not there before step"):
+            grad.norm()
+    assert last is None
     assert other.grad is None
     assert_close(loss.detach(), problem.loss().detach())
 
@@ -749,7 +757,7 @@ def test_sums_are_not_used_twice(habit, monkeypatch):
     opt = private(problem.params, lr=0.1, noise_multiplier=1.0)
     with monkeypatch.context() as patch:
 
-        def fails(self, group, params):
+        def fails(self, group, params, grads):
             raise RuntimeError("out of memory")
 
         patch.setattr(curvopt.DPSGD, "_move", fails)
@@ -763,7 +771,7 @@ def test_sums_are_not_used_twice(habit, monkeypatch):
     with pytest.raises(curvopt.CurvoptError, match="nothing was recorded"):
         opt.step()
     opt.step(problem.loss)
-    assert opt.ledger.steps == 2  # both released something
+    assert opt.ledger.steps == 1  # nobody has seen anything of the one that failed
 
 
 def test_a_state_without_a_ledger_is_refused():

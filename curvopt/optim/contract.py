@@ -1,0 +1,118 @@
+"""The contract of torch.optim: parameter groups, names, state that is saved and loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from copy import deepcopy
+from typing import Any, ClassVar
+
+import torch
+from torch import Generator, Tensor
+
+
+class Contract(torch.optim.Optimizer):
+    """What `torch.optim` asks of an optimizer, beside its step.
+
+    Attributes:
+        saved: names of the attributes, numbers or tensors, that a checkpoint needs.
+        generator: source of what the optimizer draws, if not torch's global one.
+        collected: what the backward passes since the last step left.
+    """
+
+    saved: ClassVar[tuple[str, ...]] = ()
+    generator: Generator | None
+
+    def _forget(self) -> None:
+        self.collected: list[Any] = []
+        self._left: list[tuple[Tensor, Tensor, int]] = []  # parameter, gradient, its version
+        self._recorded = False
+
+    def _validate(self, group: dict[str, Any]) -> None:
+        """Raise ValueError for settings that make no sense; called for every new group."""
+        lr = group["lr"]
+        if isinstance(lr, Tensor) and lr.numel() != 1:
+            raise ValueError(f"Invalid learning rate: {lr} (a tensor must have one element)")
+        names = {"lr": "learning rate", "weight_decay": "weight_decay", "momentum": "momentum"}
+        for key, name in names.items():
+            if not 0 <= group.get(key, 0) < float("inf"):
+                raise ValueError(f"Invalid {name}: {group[key]}")
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group of parameters, with settings of its own or the defaults.
+
+        Raises:
+            ValueError: a setting is invalid, or a parameter is complex or given twice.
+        """
+        params = param_group["params"]
+        if not isinstance(params, (Tensor, set)):
+            param_group["params"] = params = list(params)
+            seen: set[int] = set()
+            for index, item in enumerate(params):
+                name, p = item if isinstance(item, tuple) else (f"parameter {index}", item)
+                if id(p) in seen:
+                    raise ValueError(f"Invalid params: {name} is given twice")
+                if isinstance(p, Tensor) and p.is_complex():
+                    raise ValueError(f"Invalid params: {name} is complex; use its real view")
+                seen.add(id(p))
+        self._validate(self.defaults | param_group)
+        super().add_param_group(param_group)
+
+    def state_dict(self) -> dict[str, Any]:
+        """As in torch, with one more entry, ``"engine"``: counters and the generator's state."""
+        engine = {name: deepcopy(getattr(self, name)) for name in self.saved}
+        if self.generator is not None:
+            engine["generator"] = self.generator.get_state()
+        return super().state_dict() | {"engine": engine}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As in torch, but state keeps its dtype: float32 also for half-precision parameters."""
+        final: dict[str, Any] = {}
+        passing = self.collected, self._left, self._recorded  # p.grad stays as well
+        hook = self.register_load_state_dict_pre_hook(lambda _, loaded: final.update(loaded))
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            hook.remove()
+        self.collected, self._left, self._recorded = passing
+        indices = (index for group in final["param_groups"] for index in group["params"])
+        for index, p in zip(indices, self._parameters(), strict=True):
+            for key, value in final["state"].get(index, {}).items():
+                if isinstance(value, Tensor):
+                    self.state[p][key] = value.to(p.device, copy=True)
+        engine = dict(final.get("engine", {}))
+        generator = engine.pop("generator", None)
+        for name, value in engine.items():
+            setattr(self, name, deepcopy(value))
+        if generator is not None and self.generator is not None:
+            self.generator.set_state(generator.cpu())
+
+    def __getstate__(self) -> dict[str, Any]:
+        """All but hooks, gradients of a step under way, and ``step``, which schedulers wrap."""
+        kept = vars(self).items()
+        passing = ("step", "collected", "_left", "_recorded")
+        return {k: v for k, v in kept if k not in passing and not k.startswith("_optimizer_")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._forget()
+        for group in self.param_groups:  # of an older version, which lacked some settings
+            for key in self.defaults.keys() - {"differentiable"}:  # which torch adds
+                group.setdefault(key, self.defaults[key])
+
+    def _parameters(self) -> Iterable[Tensor]:
+        return (p for group in self.param_groups for p in group["params"])
+
+    def _named(self) -> list[tuple[str, Tensor]]:
+        named: list[tuple[str, Tensor]] = []
+        for group in self.param_groups:
+            params = group["params"]
+            names = group.get("param_names") or [
+                f"parameter {len(named) + i}" for i in range(len(params))
+            ]
+            named += zip(names, params, strict=True)
+        return named
+
+    def _name(self, parameter: Tensor) -> str:
+        """The parameter's name and shape, for messages."""
+        name = next(name for name, p in self._named() if p is parameter)
+        return f"{name} {list(parameter.shape)}"

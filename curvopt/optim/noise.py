@@ -1,0 +1,148 @@
+"""How much the samples of a batch disagree: what is measured, and what it says."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from curvopt.engine.computation import Computation
+from curvopt.privacy.ranks import Ranks
+from curvopt.quantities.base import Context, Quantity
+from curvopt.structures import Structure
+
+
+class Moments(Quantity):
+    """Sum and scatter, ``([*p], [*p])``, of the samples' parts of the gradient.
+
+    Args:
+        products: also compute the parts' inner products with the gradient.
+
+    Attributes:
+        products: the sum of their squares, over all parameters together; else None.
+    """
+
+    field = "moments"
+
+    def __init__(self, products: bool):
+        self.asked = products
+        self.products: Tensor | None = None
+
+    def reduce_all(  # noqa: D102 (as in the base class)
+        self, structures: dict[Tensor, Structure], context: Context
+    ) -> dict[Tensor, tuple[Tensor, Tensor]]:
+        result = {p: structure.moments() for p, structure in structures.items()}
+        if self.asked:
+            dots = [structure.dots(result[p][0])[0] for p, structure in structures.items()]
+            self.products = torch.stack(dots).sum(0).square().sum()
+        return result
+
+
+@dataclass(frozen=True)
+class Noise:
+    r"""How noisy the gradient is; S the covariance of per-sample gradients, G the true gradient.
+
+    Tests are passed while their value is below a bound: theta^2 or nu^2. They fall as 1 / N.
+
+    Attributes:
+        batch_size: N of the last step.
+        trace: tr S, unbiased.
+        signal: :math:`|G|^2`, unbiased: :math:`|g|^2 - \operatorname{tr} S / N`; may be negative.
+        scale: the gradient noise scale :math:`\operatorname{tr} S / |G|^2`, in samples. A batch
+            much smaller is mostly noise, one much larger wastes samples (McCandlish et al. 2018,
+            arXiv 1812.06162). Infinite where the signal is not above zero.
+        norm_test: :math:`\operatorname{tr} S / (N |g|^2)`, to be below theta^2, theta in (0, 1)
+            (Byrd et al. 2012, doi 10.1007/s10107-012-0572-5).
+        inner_product_test: :math:`\operatorname{var}_n(g_n^T g) / (N |g|^4)`, to be below
+            theta^2, theta = 0.9 (Bollapragada et al. 2018, arXiv 1802.05098). Weaker than the norm
+            test, so that batches stay smaller. None unless `noise_tests` was set and the step
+            was one backward pass.
+        orthogonality_test: :math:`\operatorname{tr} S` across g, over :math:`N |g|^2`, to be
+            below nu^2, nu = 5.84 (ibid.). None as above.
+        cabs: the batch size that CABS asks for, :math:`\mathrm{lr} \operatorname{tr} S / L`, for a
+            loss L whose minimum is about 0; lr is meant for SGD without momentum (Balles et al.
+            2017, arXiv 1612.05086).
+    """
+
+    batch_size: int
+    trace: float
+    signal: float
+    scale: float
+    norm_test: float
+    inner_product_test: float | None
+    orthogonality_test: float | None
+    cabs: float
+
+
+@dataclass
+class Batch:
+    r"""What the recorded passes of one step left; z_n is sample n's part of the gradient.
+
+    Attributes:
+        samples: N.
+        loss: their sum.
+        sums: :math:`\sum_n z_n` per parameter.
+        scatter: :math:`\sum_n (z_n - \bar z)^2` per parameter.
+        products: :math:`\sum_n \langle z_n, g \rangle^2`, None unless measured, in one pass.
+        norms: :math:`|\sum_n z_n|^2` of each parameter, in order.
+    """
+
+    samples: int
+    loss: Tensor
+    sums: dict[Tensor, Tensor]
+    scatter: dict[Tensor, Tensor]
+    products: Tensor | None
+    norms: Tensor
+
+    @classmethod
+    def of(cls, computation: Computation, moments: Any, values: Any) -> Batch:
+        """The batch of one backward pass."""
+        n, loss = computation.samples, computation.loss.detach()
+        sums = {p: total for p, (total, _) in values.items()}
+        scatter = {p: part for p, (_, part) in values.items()}
+        return cls(n, loss, sums, scatter, moments.products, squared_norms(sums.values()))
+
+    def joined(self, other: Batch) -> Batch:
+        """Both batches as one."""
+        n, m = self.samples, other.samples
+        sums, scatter = dict(self.sums), dict(self.scatter)
+        for p, total in other.sums.items():
+            apart = sums[p] / n - total / m
+            scatter[p] = scatter[p] + other.scatter[p] + apart.square_().mul_(n * m / (n + m))
+            sums[p] = sums[p] + total
+        norms = squared_norms(sums.values())
+        return Batch(n + m, self.loss + other.loss, sums, scatter, None, norms)
+
+    def over(self, ranks: Ranks) -> Batch:
+        """The batches of all processes as one; its loss is the mean of theirs."""
+        count, params = ranks.place[1], list(self.sums)
+        sizes = torch.tensor([self.samples], dtype=torch.float64, device=self.loss.device)
+        samples, loss, *totals = ranks.sums([sizes, self.loss, *self.sums.values()])
+        n = round(samples.item())
+        sums = {p: total.div_(count) for p, total in zip(params, totals, strict=True)}
+        parts = []
+        for p, own in self.sums.items():
+            apart = own / (count * self.samples) - sums[p] / n
+            parts.append(self.scatter[p] / count**2 + apart.square_().mul_(self.samples))
+        scatter = dict(zip(params, ranks.sums(parts), strict=True))
+        return Batch(n, loss / count, sums, scatter, None, squared_norms(sums.values()))
+
+
+def guessed(grad: Tensor, b: Tensor, t: int, mu: float) -> Tensor:
+    """The variance of a single sample's gradient, from its distance to the mean of those before.
+
+    The mean of t gradients is b over the sum of its weights. With a constant variance S its own is
+    ``spread * S``, and the expected squared distance (1 + spread) S.
+    """
+    weight = (1 - mu**t) / (1 - mu)
+    spread = (1 - mu ** (2 * t)) / (1 - mu**2) / weight**2
+    return (grad - b / weight).square_().div_(1 + spread)
+
+
+def squared_norms(tensors: Iterable[Tensor]) -> Tensor:
+    """The squared norm of each tensor, in float32 at least."""
+    wide = [t.to(torch.promote_types(t.dtype, torch.float32)) for t in tensors]
+    return torch.stack(torch._foreach_norm(wide)).square()

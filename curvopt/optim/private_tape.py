@@ -1,0 +1,63 @@
+"""What private steps record, and what they leave of a graph."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import (
+    register_module_forward_hook,
+    register_module_forward_pre_hook,
+)
+
+from curvopt.errors import CurvoptError
+from curvopt.recording.tape import Tape
+
+
+def detached(value: Any) -> Any:
+    """The same tensor without its graph; another one where that cannot be."""
+    if not isinstance(value, Tensor) or value.grad_fn is None:
+        return value
+    return value.detach() if value._is_view() else value.detach_()
+
+
+class PrivateTape(Tape):
+    """Also refuses what would carry samples past the noise: statistics over the batch, buffers."""
+
+    def __enter__(self) -> Any:
+        if not self.depth:
+            self.buffers: list[list[tuple[str, Tensor, int]]] = []
+            self.watching = [
+                register_module_forward_pre_hook(self._before),
+                register_module_forward_hook(self._after, always_call=True),
+            ]
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> Any:
+        result = super().__exit__(*error)
+        if not self.depth:
+            for handle in self.watching:
+                handle.remove()
+        return result
+
+    def _before(self, module: nn.Module, args: Any) -> None:
+        held = module.named_buffers(recurse=isinstance(module, torch.jit.ScriptModule))
+        self.buffers.append([(name, b, b._version) for name, b in held if b is not None])
+
+    def _after(self, module: nn.Module, args: Any, output: Any) -> None:
+        before = self.buffers.pop()
+        if not before:
+            return
+        given = [value for value in args if isinstance(value, Tensor)]
+        if given and all(self._is_shared(value) for value in given):
+            return  # it saw parameters alone (spectral norm, say), and those are not secret
+        after = dict(module.named_buffers())
+        for name, buffer, version in before:
+            if after.get(name) is not buffer or buffer._version != version:
+                kind = type(module).__name__
+                raise CurvoptError(
+                    f"the forward pass of {kind} updated its buffer {name} {list(buffer.shape)} "
+                    "from the samples: nothing of that is private. Put the layer in eval() mode, "
+                    "or use one without statistics of the batch, such as GroupNorm"
+                )

@@ -1,0 +1,32 @@
+"""What a step reads of a parameter's state before it changes anything."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from curvopt.errors import CurvoptError
+
+
+def held(state: dict[str, Any], key: str, p: Tensor, name: Callable[[Tensor], str]) -> Tensor:
+    """A tensor of a parameter's state.
+
+    Args:
+        state: the parameter's state.
+        key: the tensor's name.
+        p: the parameter.
+        name: gives a parameter's name and shape, for the message.
+
+    Raises:
+        CurvoptError: it is missing, or does not have the parameter's shape.
+    """
+    value = state.get(key)
+    if not isinstance(value, Tensor) or value.shape != p.shape:
+        what = f"is {list(value.shape)}" if isinstance(value, Tensor) else "is missing"
+        raise CurvoptError(
+            f"{key!r} in the state of {name(p)} {what}: it is not the state of this optimizer for "
+            "this parameter; load another, or drop it from opt.state"
+        )
+    return value
