@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import curvopt
-from curvopt.engine.registry import MODULE_RULES, RULES
+from curvopt.ops.registry import MODULE_RULES, RULES
 from curvopt.structures import Outer
 from tests.cases import Function, Problem
 from tests.test_quantities import check

@@ -271,5 +271,5 @@ def test_samples_that_mix_are_refused(drawn):
     if is_constant(problem) or all(g.abs().max() < 1e-9 for g in oracles.grad(*mixed).values()):
         return
     refusal = curvopt.CurvoptError, curvopt.SlowPathWarning  # a path without samples cannot tell
-    with pytest.raises(refusal, match="separate|no rule"):
+    with pytest.raises(refusal, match="separate|no rule|ambiguous"):
         curvopt.compute(mixed.loss, mixed.params, curvopt.BatchGrad())

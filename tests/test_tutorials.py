@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from curvopt.engine.registry import MODULE_RULES
+from curvopt.ops.registry import MODULE_RULES
 from tests.test_datasets import write_mnist
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
