@@ -13,6 +13,7 @@ from curvopt.engine.computation import Computation
 from curvopt.engine.result import Result
 from curvopt.errors import CurvoptError
 from curvopt.quantities import Gradient, Quantity
+from curvopt.quantities.base import GRADIENT
 from curvopt.recording.tape import Tape
 
 Params = Iterable[Tensor] | Iterable[tuple[str, Tensor]]
@@ -41,12 +42,24 @@ class Recording(Tape):
             max_columns: columns sent back together at most; bounded by memory in any case.
         """
         asked = quantities_of(quantities)
+        self._refuse_hooks(asked)
         computation = Computation(self, loss, reduction, max_columns, output=output)
         values = computation.run(asked) if asked else {}
         result = Result(computation.loss.detach(), lambda: _complete(computation))
         for field, value in values.items():
             setattr(result, field, value)
         return result
+
+    def _refuse_hooks(self, asked: list[Quantity]) -> None:
+        """A hook on a parameter may change each sample's gradient, which no op makes."""
+        samples = [q.field for q in asked if q.own and q.cotangent is GRADIENT]
+        for p in self.params if samples else ():
+            if p._backward_hooks:
+                raise CurvoptError(
+                    f"{self.name(p)} has a gradient hook, which may change every sample's "
+                    f"gradient: {samples[0]} would be that without the hook. Remove the hook "
+                    "(handle.remove()), compute, and register it again"
+                )
 
 
 def _complete(computation: Computation) -> dict[Tensor, Tensor]:

@@ -70,7 +70,7 @@ class OwnLoss:
         if reduction == "mean":
             share = self.share
             return inverse_of(share) if isinstance(share, Tensor) else float(max(1, self.plan.n))
-        why = self.mixed or self._count(declared=False)
+        why = self.mixed or self._count(declared=False) or self._part()
         if why:
             raise self._question(why)
         inverse = inverse_of(self.share)
@@ -86,7 +86,7 @@ class OwnLoss:
             CurvoptError: it does, or only the user can know.
         """
         if reduction is None:
-            why = self.mixed or self._count(declared=True)
+            why = self.mixed or self._count(declared=True) or self._part()
             if why:
                 raise self._question(why)
             return
@@ -129,6 +129,15 @@ class OwnLoss:
         if number is None:
             return ""
         return f"it is a sum scaled by {number:g}, which may be a count of this batch"
+
+    def _part(self) -> str:
+        """Why a mean over a part of the samples has two readings: 1 or N / part times its rows."""
+        if self.sums or self.layout is None or not self.plan.overlapping:
+            return ""
+        present, n = self.layout.present, self.plan.n
+        if not 1 < present < n:  # a mean over one is no mean
+            return ""
+        return f"it is a mean over {present} of {n} samples, and other terms hold them too"
 
     def _counts(self) -> list[float]:
         rows = 1 if self.layout is None else math.prod(self.term.token_shape)

@@ -100,7 +100,9 @@ class Planner(Resolver):
             weighed=self._weighed(kept),
             loose=loose,
         )
-        plan.partial = sum(layout is not None and layout.present < self.n for layout in layouts)
+        present = [self.n if layout is None else layout.present for layout in layouts]
+        plan.partial = sum(number < self.n for number in present)
+        plan.overlapping = plan.partial > 0 and sum(present) > self.n
         return plan
 
     def _rows_of(self, output: Tensor) -> Plan:

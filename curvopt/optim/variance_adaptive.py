@@ -39,6 +39,8 @@ class VarianceAdaptiveSGD(EngineOptimizer):
     :math:`\gamma b`. It is 1 for a noiseless gradient: the step is then that of
     ``torch.optim.SGD(lr, momentum)``, and `lr` means the same.
 
+    g is `p.grad`; a hook on a parameter changes it, and its :math:`g_n` stay what they were.
+
     Departures from the paper: it guesses S from moving averages over steps, where this is
     measured; its :math:`\rho` is r for constant N; its momentum is a bias-corrected mean, smaller
     than torch's buffer b by :math:`(1 - \mu) / (1 - \mu^t)`.

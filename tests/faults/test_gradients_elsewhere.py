@@ -379,6 +379,18 @@ def test_hooks(situation, optimizer):
     same_gradient(situation, optimizer, COUPLED if centres else None)
 
 
+@pytest.mark.parametrize("attach", [mask_the_gradient, clamp_the_gradient, scale_every_gradient])
+def test_hooks_on_parameters_and_quantities(attach):
+    """A sample's gradient would pass through the hook; curvature does not."""
+    m = hooked(attach)
+    data = m.passes[0].data
+    with pytest.raises(curvopt.CurvoptError, match="has a gradient hook"):
+        curvopt.compute(lambda: m.loss(*data), m.params, curvopt.DiagGGNMC(), curvopt.BatchGrad())
+    result = curvopt.compute(lambda: m.loss(*data), m.params, curvopt.DiagGGNExact())
+    for p, g in zip(m.params, torch.autograd.grad(m.loss(*data), m.params), strict=True):
+        assert torch.equal(result.grad[p], g)
+
+
 BETWEEN_LAYERS = Family()  # not on parameters: a quantity's rows are of the ops
 
 
