@@ -63,7 +63,7 @@ class VarianceAdaptiveSGD(EngineOptimizer):
             one (the default on the CPU; it takes less memory).
         variance_every: steps from one measurement of S to the next; :math:`\beta = \mu` to this
             power. S changes slowly: on MNIST every 10 steps, the default, trains like every step,
-            and a step that measures costs up to twice one that does not. N is read when S is.
+            and a step that measures costs up to three times one that does not. N is read when S is.
         noise_decay: of the averages behind `noise`, per measurement. Default 0.9.
         noise_tests: measure what the inner-product and orthogonality tests in `noise` need: one
             more product per layer, with S.
