@@ -101,7 +101,7 @@ class Trace(TorchDispatchMode):
 
     def _enter(self, storage: torch.UntypedStorage) -> int:
         number = self._numbers[storage._cdata] = len(self.nbytes)
-        self._weak.append(storage._weak_ref())  # type: ignore[arg-type]
+        self._weak.append(storage._weak_ref())  # type: ignore[arg-type]  # torch says object
         self.nbytes.append(storage.nbytes())
         return number
 

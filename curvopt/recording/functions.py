@@ -80,7 +80,7 @@ def in_reentrant_checkpoint() -> bool:
     frame = sys._getframe(1)
     code = CheckpointFunction.forward.__code__
     while frame is not None and frame.f_code is not code:
-        frame = frame.f_back  # type: ignore[assignment]
+        frame = frame.f_back  # type: ignore[assignment]  # ends at None
     return frame is not None
 
 

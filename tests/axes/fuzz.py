@@ -22,6 +22,7 @@ import torch.nn.functional as F
 
 sys.path[:0] = [str(Path(__file__).parents[2])]
 
+# Behind the path, so that the file runs as a script too.
 from curvopt.axes import MIXED, Replay, Trace, infer  # noqa: E402
 from curvopt.axes.lattice import along  # noqa: E402
 from curvopt.errors import CurvoptError  # noqa: E402

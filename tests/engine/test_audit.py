@@ -118,7 +118,7 @@ def steps(case):
         for _ in range(3):
             opt.step(case.loss)
     except curvopt.CurvoptError as error:  # not all losses are for private steps
-        assert WRONG not in str(error)  # noqa: PT017
+        assert WRONG not in str(error)  # noqa: PT017 (the others are right)
     opt.zero_grad()
 
 

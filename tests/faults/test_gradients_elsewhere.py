@@ -792,7 +792,7 @@ def test_curvature_of_log_softmax_changed_in_place(name, copied):
     try:
         expected = oracles.diag_ggn(net, loss_fn, x, y, params)
     except RuntimeError as error:  # torch's own refusal of the change, and so it stays
-        assert "inplace operation" in str(error)  # noqa: PT017
+        assert "inplace operation" in str(error)  # noqa: PT017 (either is right)
         with pytest.raises((RuntimeError, curvopt.CurvoptError)):
             curvopt.compute(lambda: loss_fn(net(x), y), params, curvopt.DiagGGNExact())
         return

@@ -125,7 +125,7 @@ def index_fill(call: Call) -> Result:
                 call.full(x, x.ndim),
                 None if value is None else value.reshape((1,) * x.ndim),
                 None if index is None else merge_all(index, x.ndim),
-            )  # type: ignore[arg-type]
+            )  # type: ignore[arg-type]  # some have owners
         )
     )
 
@@ -151,7 +151,7 @@ def index_put(call: Call) -> Result:
             marked = marked.reshape([*marked.shape, *[1] * (x.ndim - mask.ndim)])
         if value.numel == 1 and (marked is None or value.ndim <= x.ndim - mask.ndim):
             one = None if source is None else source.owners.reshape((1,) * x.ndim)
-            return State(squash(join_all(old, marked, one)))  # type: ignore[arg-type]
+            return State(squash(join_all(old, marked, one)))  # type: ignore[arg-type]  # as above
         if marked is not None and not call.arg("accumulate"):
             return _by_owned_mask(call, old, marked)
     if any(call.state(i) is not None for i in given):
