@@ -23,7 +23,7 @@ from curvopt.axes.rows import frontier
 from curvopt.axes.samples import Samples
 from curvopt.axes.trace import Trace
 from curvopt.axes.weights import of_data, weighings
-from curvopt.axes.wiring import index_vectors, parametric, picking
+from curvopt.axes.wiring import descendants, index_vectors, parametric, picking
 from curvopt.errors import CurvoptError
 
 
@@ -183,6 +183,25 @@ class _Search(Choices):
                 if reading.good and bool(fresh.any()):
                     self.good[entry] = reading
                     break
+        self._complete_made()
+
+    def _complete_made(self) -> None:
+        """Read what the pass made and gave to a model, where targets own all rows already."""
+        alone = parametric(self.trace, self.readings.silent, self._outside()) & self.readings.only
+        for reading in self.good.values():
+            alone -= reading.outcome.replay.owned
+        for entry in self.readings.made() if self.good else ():
+            if entry not in self.good and alone & descendants(self.trace, entry.ref.storage):
+                for reading in self.readings.of(entry):
+                    if reading.outcome.replay.owned & alone and self._agrees(reading):
+                        self.good[entry] = reading
+                        break
+
+    def _agrees(self, reading: Reading) -> bool:
+        """Whether rows belong to the same positions as by every other reading."""
+        mine = reading.outcome.rows
+        rows = [other.outcome.rows for other in self.good.values()]
+        return all(torch.equal(r, mine) for r in rows if bool(((r >= 0) & (mine >= 0)).any()))
 
     def _add(self, entry: Entry) -> None:
         reading = next(self.readings.of(entry), None)

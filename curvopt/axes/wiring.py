@@ -110,6 +110,16 @@ def ancestors(trace: Trace, ref: Ref, before: int | None = None) -> set[int]:
     return found
 
 
+def descendants(trace: Trace, storage: int) -> set[int]:
+    """Ops in which this storage, or what is made of it, may have a part."""
+    reached, found = {storage}, set()
+    for step in steps_of(trace):
+        if any(ref.storage in reached for ref in step.inputs):
+            found.add(step.index)
+            reached |= {ref.storage for ref in step.touched}
+    return found
+
+
 def parametric(trace: Trace, silent: Set[int], data: Set[int]) -> set[int]:
     """Ops with an input that is made of parameters and buffers, of masks for them too."""
     own, others = set(silent), set(data)

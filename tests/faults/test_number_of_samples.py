@@ -645,8 +645,8 @@ INSIDE = Family()
 SEED = torch.Generator()
 
 
-def made_inside(make, target=None):
-    net = network()
+def made_inside(make, target=None, sizes=(D, H, C)):
+    net = network(sizes)
     x, y = make(), target() if target else torch.arange(N) % C
 
     def loss():
@@ -681,6 +681,14 @@ INSIDE.add("drawn", made_inside, lambda: torch.randn(N, D, generator=SEED.manual
 INSIDE.add(
     "drawn-and-transformed", made_inside,
     lambda: torch.rand(N, D, generator=SEED.manual_seed(1)) * 2 - 1,
+)  # fmt: skip
+INSIDE.add(
+    "drawn-as-wide-as-deep", made_inside,
+    lambda: torch.randn(N, D, generator=SEED.manual_seed(1)), None, (D, N, N),
+)  # fmt: skip
+INSIDE.add(
+    "counted-as-wide-as-deep", made_inside,
+    lambda: torch.linspace(-1, 1, N)[:, None].expand(N, D), None, (D, N, N),
 )  # fmt: skip
 
 
