@@ -127,6 +127,7 @@ class Facts:
         indexed, reads: whether index values, a number seen by Python are to be kept.
         random: draws random numbers, or does not set its output.
         foreach: changes lists of tensors in place.
+        noted: any of those three.
         composite: is made of other ops, which are recorded in its place.
     """
 
@@ -155,6 +156,7 @@ class Facts:
         self.indexed = name in INDEXED
         self.foreach = name.startswith("_foreach_") and bool(self.writes)
         self.reads = name in _READS
+        self.noted = self.indexed or self.reads or self.foreach
         self.composite = _is_composite(func)
         self.random = torch.Tag.nondeterministic_seeded in func.tags or name.startswith("empty")
 

@@ -45,6 +45,8 @@ _COMPARED: Any = (*_PLAIN, complex, torch.memory_format, torch.Generator)
 _PLAIN_KINDS = frozenset({Tensor, Parameter})
 _new = tuple.__new__
 _no_functions = torch._C.DisableTorchFunction
+_function_modes = torch._C._len_torch_function_stack
+_grad_enabled = torch.is_grad_enabled
 
 
 def _wraps(kind: type) -> bool:
@@ -112,7 +114,8 @@ class Trace(TorchDispatchMode):
             number = self._numbers.get(storage._cdata)
             if number is None:
                 number = self._enter(storage)
-                self.outside[number] = self._ref(tensor, number)
+                made = self.outside[number] = self._ref(tensor, number)
+                return made
             return self._ref(tensor, number)
         except (RuntimeError, NotImplementedError) as error:
             raise _not_strided(tensor) from error
@@ -160,11 +163,15 @@ class Trace(TorchDispatchMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         """Run the op and note it."""
-        if not isinstance(func, torch._ops.OpOverload):
-            return self._opaque(func, args, kwargs or {})
-        if types and not _PLAIN_KINDS.issuperset(types) and any(map(_wraps, types)):
+        # This runs at every op of a pass: what `ref`, `_enter` and `_convert` do is written out.
+        facts = FACTS.get(id(func))
+        if facts is None:
+            if not isinstance(func, torch._ops.OpOverload):
+                return self._opaque(func, args, kwargs or {})
+            facts = facts_of(func)
+        known = not types or _PLAIN_KINDS.issuperset(types)
+        if not known and any(map(_wraps, types)):
             return self._wrapped(func, args, kwargs or {})
-        facts = FACTS.get(id(func)) or facts_of(func)
         if facts.composite:  # in inference mode: the ops that it is made of come here one by one
             with self, _no_functions():
                 return func.decompose(*args, **(kwargs or {}))
@@ -172,7 +179,7 @@ class Trace(TorchDispatchMode):
         taken = []
         for arg in args:
             kind = type(arg)
-            if kind is Tensor or kind is Parameter:  # `ref`, written out: this runs at every op
+            if kind is Tensor or kind is Parameter:
                 try:
                     number = numbers.get(arg.untyped_storage()._cdata)
                     arg = (
@@ -193,38 +200,55 @@ class Trace(TorchDispatchMode):
                 except (RuntimeError, NotImplementedError) as error:
                     raise _not_strided(arg) from error
             elif kind not in _PLAIN:
-                arg = self._convert(arg)
+                numeric = kind is list and _PLAIN.issuperset(map(type, arg))
+                arg = tuple(arg) if numeric else self._convert(arg)
             taken.append(arg)
-        named = tuple([(k, self._convert(v)) for k, v in kwargs.items()]) if kwargs else ()
-        if facts.indexed:
+        named: tuple[tuple[str, Any], ...] = ()
+        if kwargs:
+            plain = _PLAIN.issuperset(map(type, kwargs.values()))
+            items = kwargs.items()
+            named = tuple(items if plain else [(k, self._convert(v)) for k, v in items])
+        if facts.noted:
+            if facts.indexed:
+                self._keep_values(args, kwargs)
+            if facts.reads and not isinstance(args[0], Tensor):  # scripted code's wrapped number
+                return args[0]
+        if known and not _function_modes():
+            made = func._op(*args, **kwargs) if kwargs else func._op(*args)
+        else:  # scripted code comes here with function modes active
             with _no_functions():
-                self.values[len(self.ops)] = tuple(
-                    tensor.clone() if tensor.dtype in _INDEX_TYPES else None
-                    for tensor in _tensors((args, kwargs or {}))
-                )
-        if facts.reads and not isinstance(args[0], Tensor):  # scripted code's wrapped number
-            return args[0]
-        with _no_functions():  # scripted code comes here with function modes active
-            made = func(*args, **kwargs) if kwargs else func(*args)
-        if facts.foreach:  # whose writes torch does not count under a mode
-            torch.autograd.graph.increment_version(list(_tensors(args[0])))
+                made = func(*args, **kwargs) if kwargs else func(*args)
         if type(made) is Tensor:
             try:
                 storage = made.untyped_storage()
                 number = numbers.get(storage._cdata)
-                number = self._enter(storage) if number is None else number
-                outputs: tuple[Ref, ...] = (self._ref(made, number),)
+                if number is None:
+                    number = numbers[storage._cdata] = len(self.nbytes)
+                    self._weak.append(storage._weak_ref())  # type: ignore[arg-type]
+                    self.nbytes.append(storage.nbytes())
+                view = (number, made.storage_offset(), made.shape, made.stride(), made.dtype, False)
+                outputs: tuple[Ref, ...] = (_new(Ref, view),)
             except (RuntimeError, NotImplementedError) as error:
                 raise _not_strided(made) from error
         else:
             refs: list[Ref] = []
             self._made(made, refs)
             outputs = tuple(refs)
+        if facts.noted:
+            if facts.foreach:  # whose writes torch does not count under a mode
+                torch.autograd.graph.increment_version(list(_tensors(args[0])))
             if facts.reads:
                 read = next(refs_in(tuple(taken)))
                 self.reads.append(Read(len(self.ops), read, made))
-        self.ops.append(_new(Op, (func, tuple(taken), named, outputs, torch.is_grad_enabled())))
+        self.ops.append(_new(Op, (func, tuple(taken), named, outputs, _grad_enabled())))
         return made
+
+    def _keep_values(self, args: tuple[Any, ...], kwargs: dict[str, Any] | None) -> None:
+        with _no_functions():
+            self.values[len(self.ops)] = tuple(
+                tensor.clone() if tensor.dtype in _INDEX_TYPES else None
+                for tensor in _tensors((args, kwargs or {}))
+            )
 
     def _opaque(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         """An operator that takes functions (flex_attention): run, and not understood."""

@@ -100,7 +100,7 @@ class Computation(Reduction):
             if self.slow:
                 ones = [up.unsqueeze(0) for up in self._gradients()]
                 slow = self._rows(list(self.slow), [t.output for t in self.terms], ones)
-        due = self._due("watch")
+        due, left = self._due("watch"), self._undisturbed()
         caught: dict[Use, Tensor] = {}
         handles = [catch(use, caught) for use in self.uses]
         try:
@@ -115,8 +115,15 @@ class Computation(Reduction):
                 parts[p] = [Dense(rows)]
             structures = {p: total(parts[p]) for p in self.tape.params if p in parts}
             self._audit("watch", structures, {p: p.grad for p in due}, sent)
+            # A coarser type on the way would show in a difference of large numbers.
+            coarse = {c.dtype for c in sent.values()} - {self.loss.dtype}
             del sent
-            context = Context(self.samples, 1.0, 1.0, True, self.tape.name)
+            totals = {
+                p: p.grad.clone()  # what follows may change the gradient in place
+                for p in left
+                if p in structures and p.grad is not None and not coarse and _exact(p.grad)
+            }
+            context = Context(self.samples, 1.0, 1.0, True, self.tape.name, totals)
             for quantity in quantities:
                 result = quantity.finish(quantity.reduce_all(structures, context))
                 values[quantity.field] = Values(quantity.field, result)
@@ -289,6 +296,10 @@ class Computation(Reduction):
                 return {quantity: quantity.finish(part) for quantity, part in results.items()}
             del structures  # freed before the next columns go
             cotangents = following
+
+
+def _exact(grad: Tensor) -> bool:
+    return grad.layout is torch.strided and grad.dtype in (torch.float32, torch.float64)
 
 
 def _unknown(term: Loss) -> bool:

@@ -171,13 +171,18 @@ class Reduction(Cotangents):
         if not params or not self.samples or self.hooked:
             return []
         if asker == "watch":
-            if count % audit.EVERY or self._plan.loose or audit.averaged():
-                return []
-            return [p for p in params if p.grad is None and not audit.hooked(p)]
+            return [] if count % audit.EVERY else self._undisturbed()
         if not count:
             return params
         turn, left = divmod(count, audit.PRIVATE_EVERY)
         return [params[turn % len(params)]] if asker == "private" and not left else []
+
+    def _undisturbed(self) -> list[Tensor]:
+        """Parameters on which torch's own backward pass will leave this loss's gradient alone."""
+        if self._plan.loose or audit.averaged() or self.hooked or not self.samples:
+            return []
+        params = (p for p in self.tape.params if p not in self.slow)
+        return [p for p in params if p.grad is None and not audit.hooked(p)]
 
     def _audit(
         self,

@@ -34,7 +34,13 @@ class Moments(Quantity):
     def reduce_all(  # noqa: D102 (as in the base class)
         self, structures: dict[Tensor, Structure], context: Context
     ) -> dict[Tensor, tuple[Tensor, Tensor]]:
-        result = {p: structure.moments() for p, structure in structures.items()}
+        result: dict[Tensor, tuple[Tensor, Tensor]] = {}
+        for p, structure in structures.items():
+            total = context.totals.get(p)
+            if total is None:
+                result[p] = structure.moments()
+            else:
+                result[p] = total, structure.scatter(total)
         if self.asked:
             dots = [structure.dots(result[p][0])[0] for p, structure in structures.items()]
             self.products = torch.stack(dots).sum(0).square().sum()

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from torch import Generator, Tensor
@@ -68,6 +68,7 @@ class Context:
         share: sample n's share w_n of the loss, a number or ``[N]``; None if its terms differ.
         first: these are the first columns of the pass.
         name: a parameter's name and shape, for messages.
+        totals: sums over the samples that torch's own backward pass has left.
     """
 
     samples: int
@@ -75,6 +76,7 @@ class Context:
     share: float | Tensor | None = 1.0
     first: bool = True
     name: Callable[[Tensor], str] = str
+    totals: Mapping[Tensor, Tensor] = field(default_factory=dict)
 
 
 class Quantity:

@@ -34,6 +34,8 @@ from curvopt.recording.modules import Modules
 from curvopt.recording.uses import Call, Record, Shared, tensors_in
 
 _transform = torch._C._functorch.peek_interpreter_stack
+_PASSIVE, _SPECIAL = known.PASSIVE, known.SPECIAL
+_NUMBERS = frozenset({int, float, bool, str, type(None), slice, torch.dtype, torch.device})
 
 
 class Tape(Modules, Losses, TorchFunctionMode):
@@ -67,6 +69,9 @@ class Tape(Modules, Losses, TorchFunctionMode):
             raise CurvoptError(f"Invalid batch_size: {batch_size} (a number of samples)")
         self.batch_size, self.create_graph, self.on_backward = batch_size, create_graph, on_backward
         self.by_id = {id(p): p for p in self.params}
+        self._tracked = {
+            id(p): Shared(p, p._version, frozenset([id(p)]), True) for p in self.params
+        }
         self.entered: ExitStack | None = None
         self.opaque = []
         self.depth = 0
@@ -75,7 +80,7 @@ class Tape(Modules, Losses, TorchFunctionMode):
     def reset(self) -> None:
         """Forget what was recorded, keep what is tracked."""
         self.record, self.trace = Record(), Trace()
-        self.shared = {id(p): Shared(p, p._version, frozenset([id(p)]), True) for p in self.params}
+        self.shared = dict(self._tracked)
         self.log_softmaxes = {}
         self.spent: set[Any] = set()
 
@@ -94,11 +99,11 @@ class Tape(Modules, Losses, TorchFunctionMode):
     def __torch_function__(
         self, func: Function, types: Any, args: Positional = (), kwargs: Keywords | None = None
     ) -> Any:
-        kwargs = kwargs or {}
-        if func in known.PASSIVE:
+        if func in _PASSIVE:
             if func in known.HOOKING:
                 self.record.hooked = True
-            return func(*args, **kwargs)
+            return func(*args, **kwargs) if kwargs else func(*args)
+        kwargs = kwargs or {}
         if self.opaque or _transform() is not None:  # inside of vmap or grad: the trace sees it
             return func(*args, **kwargs)
         if func is F.batch_norm:
@@ -117,14 +122,14 @@ class Tape(Modules, Losses, TorchFunctionMode):
             output = self._tracked_call(func, args, kwargs, all_shared, made)
             self._note_ending(func, args, kwargs, output, begin)
             return output
-        special = known.SPECIAL.get(func)
+        special = _SPECIAL.get(func)
         if special is not None:
             return getattr(self, special)(func, args, kwargs)
         output = func(*args, **kwargs)
         if all_shared:
             if tensors or func not in known.RANDOM:
                 self._share(output, frozenset(), False, made=made or not tensors)
-        elif tensors and _is_inplace(output, args):
+        elif tensors and args and (output is args[0] or output is None):  # changed in place
             self.shared.pop(id(args[0]), None)
         return output
 
@@ -154,18 +159,21 @@ class Tape(Modules, Losses, TorchFunctionMode):
         all_shared = True
         values = (*args, *kwargs.values()) if kwargs else args
         for value in values:
-            if isinstance(value, Tensor):
+            kind = type(value)
+            if kind in _NUMBERS:
+                continue
+            if kind is Tensor or isinstance(value, Tensor):
                 tensors = True
                 entry = shared.get(id(value))
                 if entry is not None and (id(value) in self.by_id or entry.fresh):
                     tracked = tracked or bool(entry.roots)
                     made = made or entry.made
-                elif type(value) is nn.Parameter:  # of another optimizer, or frozen
+                elif kind is nn.Parameter:  # of another optimizer, or frozen
                     shared[id(value)] = Shared(value, value._version, frozenset())
                     self.record.silent.append(value)
                 else:
                     all_shared = False
-            elif type(value) in (list, tuple):
+            elif kind is list or kind is tuple:
                 inner = self._classify(value, None)
                 tracked, tensors = tracked or inner[0], tensors or inner[2]
                 all_shared, made = all_shared and inner[1], made or inner[3]
@@ -276,10 +284,6 @@ def _uncompiled() -> Iterator[None]:
     with warnings.catch_warnings(), torch.compiler.set_stance("force_eager"):
         warnings.filterwarnings("ignore", r"Using `torch.compile\(module\)` when there are global")
         yield
-
-
-def _is_inplace(output: Any, args: Positional) -> bool:
-    return bool(args) and isinstance(args[0], Tensor) and (output is args[0] or output is None)
 
 
 def _named(params: Iterable[Any]) -> dict[Tensor, str]:

@@ -185,11 +185,12 @@ class Record:
 def tensors_in(values: Iterable[Any]) -> Iterator[Tensor]:
     """The tensors among the arguments of a call, those in lists too."""
     for value in values:
-        if isinstance(value, Tensor):
+        kind = type(value)
+        if kind is Tensor or isinstance(value, Tensor):
             yield value
-        elif type(value) in (list, tuple):
+        elif kind is list or kind is tuple:
             yield from tensors_in(value)
-        elif type(value) is dict:
+        elif kind is dict:
             yield from tensors_in(value.values())
 
 

@@ -109,6 +109,10 @@ class Structure(ABC):
         total = total + number * pilot
         return (total, scatter) if scale == 1 else (total * scale, scatter * scale**2)
 
+    def scatter(self, total: Tensor) -> Tensor:
+        """The scatter of `moments`, where the sum over columns and samples is known."""
+        return self.moments()[1]
+
     def batch_sum_of_squares(self) -> Tensor:
         """Elementwise ``sum_v row_vn^2`` of every sample: ``[N, *shape]``."""
         return self._collected((rows * rows).sum(0) for _, _, rows in self.blocks())

@@ -76,7 +76,13 @@ class Outer(Structure):
         if scale != 1:  # the factor is smaller than the product
             scaled = copy(self)
             scaled.left = self.left * scale
-        total, scatter, share = scaled.sum(), scaled.sum_of_squares(), 1 / max(1, self.samples)
+        total = scaled.sum()
+        return total, scaled.scatter(total)
+
+    def scatter(self, total: Tensor) -> Tensor:
+        if self.tokens != 1 or self.columns != 1:
+            return super().scatter(total)
+        scatter, share = self.sum_of_squares(), 1 / max(1, self.samples)
         # Two products tell of every element but those where the rows hardly differ.
         limit = units(total, SPREAD)
         scatter.addcmul_(total, total, value=-share * (1 + limit))
@@ -85,8 +91,8 @@ class Outer(Structure):
             where = scatter < 0
         scatter.addcmul_(total, total, value=share * limit)
         if where is not None:
-            scaled._spread_again(scatter, where)
-        return total, scatter
+            self._spread_again(scatter, where)
+        return scatter
 
     def _spread_again(self, scatter: Tensor, where: Tensor) -> None:
         """Compute some elements of the scatter from their rows' own elements."""

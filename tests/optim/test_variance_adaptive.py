@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import curvopt
@@ -285,3 +286,78 @@ def test_blocks_and_lists_change_nothing(monkeypatch, debiased):
         runs.append(oracles.flat(problem.params))
     assert_close(runs[1], runs[0], 1e-12)
     assert_close(runs[2], runs[0], 1e-12)
+
+
+def measured(train):
+    """Gradient and scatter of the layer's weight, as a step with `train(layer, opt)` saw them."""
+    torch.manual_seed(0)
+    layer, seen = nn.Linear(5, 4), []
+    opt = curvopt.VarianceAdaptiveSGD(layer.parameters(), lr=0.0)
+    opt._update = lambda: seen.append(opt.collected[0])
+    train(layer, opt, torch.randn(7, 5), torch.randint(4, (7,)))
+    return seen[0].sums[layer.weight], seen[0].scatter[layer.weight]
+
+
+def test_the_sum_is_the_gradient_that_torch_left_even_if_it_is_clipped_afterwards():
+    def train(layer, opt, x, y):
+        with opt.record():
+            F.cross_entropy(layer(x), y).backward()
+        left.append(layer.weight.grad.clone())
+        layer.weight.grad.mul_(0.1)
+        opt.step()
+
+    left = []
+    total, _ = measured(train)
+    assert torch.equal(total, left[0])
+
+
+def doubled(p):
+    p.grad.mul_(2)
+
+
+@pytest.mark.parametrize("kind", ["hooked", "post-accumulate"])
+def test_the_sum_is_that_of_the_rows_where_the_gradient_is_not(kind):
+    def plain(layer, opt, x, y):
+        opt.step(lambda: F.cross_entropy(layer(x), y))
+
+    def otherwise(layer, opt, x, y):
+        if kind == "hooked":
+            layer.weight.register_hook(lambda grad: 2 * grad)
+        else:
+            layer.weight.register_post_accumulate_grad_hook(doubled)
+        plain(layer, opt, x, y)
+
+    assert_close(torch.stack(measured(otherwise)), torch.stack(measured(plain)))
+
+
+def test_sums_of_passes_that_accumulate():
+    def twice(layer, opt, x, y):
+        for _ in range(2):
+            with opt.record():
+                F.cross_entropy(layer(x), y).backward()
+        sums.append(layer.weight.grad.clone())
+        opt.step()
+
+    sums = []
+    assert_close(measured(twice)[0], sums[0])
+
+
+def test_scatter_under_autocast_is_no_difference_of_rounded_numbers():
+    def train(layer, opt, x, y):
+        with opt.record():
+            with torch.autocast("cpu", torch.bfloat16):
+                out = layer(1 + x / 100)  # rows that hardly differ
+            (out.float() + 1).square().mean().backward()
+        opt.step()
+
+    def rows(layer, x):
+        with torch.autocast("cpu", torch.bfloat16):
+            out = layer(1 + x / 100)
+        return torch.autograd.grad((out.float() + 1).square().mean(), out)[0]
+
+    _, scatter = measured(train)
+    torch.manual_seed(0)
+    layer, x = nn.Linear(5, 4), torch.randn(7, 5)
+    left, right = rows(layer, x).float(), (1 + x / 100).bfloat16().float()
+    each = left[:, :, None] * right[:, None]
+    assert_close(scatter, (each - each.mean(0)).square().sum(0), rtol=1e-3)

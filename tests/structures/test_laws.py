@@ -228,6 +228,10 @@ REDUCTIONS = {  # by their definition, from rows [V, N, *shape]
             [rows.sum((0, 1)), (rows - rows.mean((0, 1))).square().sum((0, 1))]
         ),
     ),
+    "scatter": (
+        lambda s: s.scatter(s.sum()),
+        lambda rows: (rows - rows.mean((0, 1))).square().sum((0, 1)),
+    ),
     "batch-sum-of-squares": (
         lambda s: s.batch_sum_of_squares(),
         lambda rows: rows.square().sum(0),
