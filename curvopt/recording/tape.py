@@ -48,6 +48,8 @@ class Tape(Modules, Losses, TorchFunctionMode):
     Attributes:
         record: what was recorded.
         trace: the ops of the pass.
+        on_module: called with each module before its forward pass, and the tape.
+        serial: columns go back one by one: code on the way is not to be vectorized.
     """
 
     def __init__(
@@ -67,6 +69,8 @@ class Tape(Modules, Losses, TorchFunctionMode):
             raise CurvoptError(f"Invalid batch_size: {batch_size} (a number of samples)")
         self.batch_size, self.create_graph, self.on_backward = batch_size, create_graph, on_backward
         self.by_id = {id(p): p for p in self.params}
+        self.on_module: Function | None = None
+        self.serial = False
         self.entered: ExitStack | None = None
         self.opaque = []
         self.depth = 0
@@ -78,6 +82,14 @@ class Tape(Modules, Losses, TorchFunctionMode):
         self.shared = {id(p): Shared(p, p._version, frozenset([id(p)]), True) for p in self.params}
         self.log_softmaxes = {}
         self.spent: set[Any] = set()
+
+    def exchange(self, before: Tensor, after: Tensor) -> None:
+        """Track a tensor in the place of a parameter of which no use was recorded so far."""
+        self.names = {after if p is before else p: name for p, name in self.names.items()}
+        self.params = [p for p in self.names if p.requires_grad]
+        self.by_id = {id(p): p for p in self.params}
+        self.shared.pop(id(before), None)
+        self.shared[id(after)] = Shared(after, after._version, frozenset([id(after)]), True)
 
     def consume(self, calls: Iterable[Call]) -> None:
         """Retire calls that a backward pass went over; a second pass over them is an error."""
@@ -96,7 +108,7 @@ class Tape(Modules, Losses, TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         if func in known.PASSIVE:
-            if func in known.HOOKING:
+            if func in known.HOOKING and not known.is_torchs(args):
                 self.record.hooked = True
             return func(*args, **kwargs)
         if self.opaque or _transform() is not None:  # inside of vmap or grad: the trace sees it
