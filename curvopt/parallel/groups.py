@@ -92,9 +92,9 @@ class Ranks:
             return [mine]
         device = self._device()
         message = torch.tensor(mine, dtype=torch.int64, device=device)
-        found = torch.empty(self.place[1] * len(mine), dtype=torch.int64, device=device)
-        dist.all_gather_into_tensor(found, message, group=self.group)
-        return found.view(-1, len(mine)).tolist()
+        found = [torch.empty_like(message) for _ in range(self.place[1])]
+        dist.all_gather(found, message, group=self.group)
+        return torch.stack(found).tolist()
 
     def _device(self) -> torch.device:
         """Where the group can send numbers from: the CPU if it may be."""
