@@ -74,7 +74,7 @@ class Hessian:
         with torch.enable_grad():
             (chunk,) = computation._columns(Pass(HESSIAN, own))
             self.cotangents = [rows[0] for rows in chunk]
-        self.batched = computation._elements() < BATCH_BELOW
+        self.batched = computation._elements() < BATCH_BELOW and not computation.tape.serial
 
     def _pull(self, outputs: list[Tensor], cotangents: list[Tensor], inputs: list[Any]) -> Any:
         return pull_back(

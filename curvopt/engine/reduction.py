@@ -71,7 +71,7 @@ class Reduction(Cotangents):
             outputs,
             cotangents,
             [*(use.edge for use in self.uses), *params],
-            batched=self._elements() < BATCH_BELOW,
+            batched=self._elements() < BATCH_BELOW and not self.tape.serial,
             retain_graph=not free,
             create_graph=self.tape.create_graph,
         )
@@ -136,6 +136,7 @@ class Reduction(Cotangents):
             elements=self._elements(),
             create_graph=self.tape.create_graph,
             name=self.tape.name,
+            batched=not self.tape.serial,
         )
 
     def _nothing(self, parameter: Tensor, columns: int) -> Structure:

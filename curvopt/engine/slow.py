@@ -36,6 +36,7 @@ def rows_by_sample(
     elements: int,
     create_graph: bool,
     name: Callable[[Tensor], str],
+    batched: bool = True,
 ) -> list[Tensor]:
     """Rows ``[V, N, *target.shape]`` from passes with one sample's cotangent each.
 
@@ -48,6 +49,7 @@ def rows_by_sample(
         elements: of the cotangents that a pass holds, for its memory.
         create_graph: keep the rows differentiable.
         name: of a parameter, for messages.
+        batched: the passes of a chunk in one, where every node allows it.
     """
     columns = len(cotangents[0])
     size = max(1, CHUNK_BYTES // (4 * columns * max(1, elements)))
@@ -67,7 +69,7 @@ def rows_by_sample(
             hot = one_hot.to(split).view(-1, 1, samples, *[1] * (split.ndim - 2))
             rows = (hot * split).flatten(0, 1)
             masked.append(layout.merge(rows, 1, output.shape[: layout.axes]))
-        pulled = pull_back(outputs, masked, targets, batched=True, create_graph=create_graph)
+        pulled = pull_back(outputs, masked, targets, batched=batched, create_graph=create_graph)
         chunks.append(
             [
                 target.new_zeros(()).expand(stop - start, columns, *target.shape)

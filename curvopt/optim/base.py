@@ -14,16 +14,14 @@ from torch.overrides import TorchFunctionMode
 from curvopt.engine.checks import check_loss
 from curvopt.engine.computation import Computation
 from curvopt.errors import SCALED, CurvoptError
-from curvopt.optim.contract import Contract
-from curvopt.privacy.ranks import Ranks
+from curvopt.optim.joined import Backward, Joined
 from curvopt.quantities import Quantity
 from curvopt.recording.tape import Tape
 
 Closure = Callable[[], Any]
-Backward = Callable[..., None]
 
 
-class EngineOptimizer(Contract):
+class EngineOptimizer(Joined):
     """An optimizer that pulls quantities from the engine inside ``step``.
 
     A subclass says in `_wanted` what it needs beside the gradient for the coming step, checks the
@@ -40,8 +38,9 @@ class EngineOptimizer(Contract):
     optimizer draws from torch's global one: save ``torch.get_rng_state()`` with the checkpoint.
 
     With several processes, the gradients are combined by what wraps the model
-    (``DistributedDataParallel``); what is measured beside them is combined here, once a measured
-    step. Processes whose gradients differ are refused. The private optimizers combine both.
+    (``DistributedDataParallel``, ``fully_shard``); what is measured beside them is combined once a
+    measured step. Where nothing wraps it, ``process_group=`` combines both, and processes whose
+    gradients differ are refused. The private optimizers always combine both.
 
     Args:
         params: parameters, (name, parameter) pairs, or parameter groups.
@@ -50,6 +49,8 @@ class EngineOptimizer(Contract):
         reduction: ``"mean"`` or ``"sum"``: what a sample's own loss is where a sum is scaled by
             something that may be a count: N times its part of the loss, or its part.
         generator: source of what the optimizer draws; torch's global one by default.
+        process_group: the processes of a step, where nothing wraps the model: their gradients are
+            averaged in `step`. Default: those of the wrapper.
 
     Attributes:
         steps: number of steps taken.
@@ -61,8 +62,6 @@ class EngineOptimizer(Contract):
     saved: ClassVar[tuple[str, ...]] = ("steps",)
     #: Refuse a loss that is not finite.
     finite_loss = True
-    #: Torch's own backward pass runs, and what is wanted beside the gradient is had on the way.
-    goes_backward = True
     #: A failed step gives the gradients back that were there before it.
     restores_gradients = True
     # Makes GradScaler leave the scale to `step`, which refuses it.
@@ -76,12 +75,13 @@ class EngineOptimizer(Contract):
         batch_size: int | None = None,
         reduction: str | None = None,
         generator: Generator | None = None,
+        process_group: Any = None,
     ):
         self._validate(defaults)
         super().__init__(params, defaults)
         self.batch_size, self.reduction, self.generator = batch_size, reduction, generator
         self.steps = 0
-        self._ranks = Ranks()
+        self._among(process_group)
         self._forget()
 
     # -- for subclasses ---------------------------------------------------------------------------
@@ -109,29 +109,6 @@ class EngineOptimizer(Contract):
         backward()
         self.collected.append(values)
 
-    def _join(self) -> None:
-        """Combine `collected` over the processes `_ranks`, in place of it."""
-        raise NotImplementedError
-
-    def _meet_others(self) -> None:
-        """See that all processes are about to take the same step, and combine what they measured.
-
-        Raises:
-            CurvoptError: on all of them, where gradients differ: nothing has combined them.
-        """
-        grads = {k: p.grad for k, p in enumerate(self._parameters()) if p.grad is not None}
-        sums = [(g.double().sum().item(), g.double().abs().sum().item()) for g in grads.values()]
-        taken = {"steps taken": self.steps, "gradients": (list(grads), sums)}
-        try:
-            self._ranks.meet(taken, torch.zeros(0))
-        except CurvoptError as error:
-            raise CurvoptError(
-                "several processes run, and nothing has combined their gradients, so that their "
-                "parameters would drift apart: wrap the model in DistributedDataParallel. (Only "
-                "the private optimizers take process_group=, and combine gradients themselves)"
-            ) from error
-        self._join()
-
     def _keep_gradients(self) -> None:
         """Copy the gradients, to which autograd adds in place: a failed step gives them back."""
         for p in self._parameters():
@@ -140,7 +117,7 @@ class EngineOptimizer(Contract):
 
     def _tape(self) -> Tape:
         """What records a step."""
-        return Tape(self._named(), batch_size=self.batch_size)
+        return Tape(self._tracked(), batch_size=self.batch_size)
 
     # -- the step ---------------------------------------------------------------------------------
 
@@ -173,6 +150,7 @@ class EngineOptimizer(Contract):
         if self.restores_gradients:
             grads, left = [(p, p.grad) for p in self._parameters()], self._left
         loss = None
+        self._met = False
         try:
             self._refuse_scaling()
             if closure is not None:
@@ -183,11 +161,13 @@ class EngineOptimizer(Contract):
                     "pass and backward() inside `with opt.record():` before step()"
                 )
             taken = self.steps
-            if self.goes_backward and any(self.collected) and self._ranks.many:
+            if self.goes_backward:
                 self._meet_others()
             self._update()
             self.steps = taken + 1
-        except BaseException:
+        except BaseException as error:
+            if self.goes_backward and isinstance(error, Exception):
+                self._tell_of_step()
             if grads is not None and left is not None:
                 for p, grad in grads:
                     p.grad = grad
@@ -239,7 +219,7 @@ class EngineOptimizer(Contract):
         """
         if (wrapped := wrapped_by(self)) is not None:
             return wrapped.record()
-        wanted = self._wanted()
+        wanted, self._told = self._wanted(), False
         if not wanted:
             return PlainBackward(self)
 
@@ -266,7 +246,6 @@ class EngineOptimizer(Contract):
                 declared=not self.goes_backward,
                 penalties=self.goes_backward,
             )
-            self._begin_pass()
 
             def on(retain: bool = False) -> None:
                 self._keep_gradients()
@@ -274,12 +253,12 @@ class EngineOptimizer(Contract):
                     loss.backward(retain_graph=retain_graph or retain)
 
             with torch.no_grad():
-                self._accumulate(computation, wanted, on)
+                self._measure(tape, computation, wanted, on)
             self._note(recorded=True)
             tape.consume(computation.reached)
 
         tape = self._tape()
-        tape.on_backward = backward
+        tape.on_backward, tape.on_module = backward, self._wrappers.meet
         return tape
 
     # -- what p.grad holds ------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from torch import Generator, Tensor
 
 from curvopt.optim.base import EngineOptimizer
 from curvopt.optim.state import held
+from curvopt.parallel.shards import is_sharded, like, local, over_shards
 from curvopt.quantities import DiagGGNExact, DiagGGNMC, Quantity
 
 # Logarithm of the largest rate: on a plane, or in a long warm-up, gradients agree for ever.
@@ -81,6 +82,9 @@ class DiagGGNOptimizer(EngineOptimizer):
         generator: source of the sketch's signs, on the parameters' device; torch's global one by
             default.
         maximize: ascend instead of descend.
+        process_group: the processes of a step, where nothing wraps the model: their gradients are
+            averaged in `step`. Default: those of the wrapper (``DistributedDataParallel``,
+            ``fully_shard``).
         batch_size: number of samples, where the data flow leaves two readings; checked against it.
         reduction: ``"mean"`` or ``"sum"``: what a sample's own loss is where a sum is scaled by
             something that may be a count: N times its part of the loss, or its part.
@@ -112,6 +116,7 @@ class DiagGGNOptimizer(EngineOptimizer):
     """
 
     saved: ClassVar[tuple[str, ...]] = ("steps", "waiting")
+    takes_shards = True
     #: A parameter needs its curvature before its first step.
     waiting = True
 
@@ -131,6 +136,7 @@ class DiagGGNOptimizer(EngineOptimizer):
         samples: int = 1,
         generator: Generator | None = None,
         maximize: bool = False,
+        process_group: Any = None,
         batch_size: int | None = None,
         reduction: str | None = None,
     ):
@@ -143,7 +149,12 @@ class DiagGGNOptimizer(EngineOptimizer):
             max_step=max_step, adaptation=adaptation, weight_decay=weight_decay, maximize=maximize,
         )  # fmt: skip
         super().__init__(
-            params, defaults, batch_size=batch_size, reduction=reduction, generator=generator
+            params,
+            defaults,
+            batch_size=batch_size,
+            reduction=reduction,
+            generator=generator,
+            process_group=process_group,
         )
         self.curvature_every, self.estimator, self.samples = curvature_every, estimator, samples
         self._wanted()  # refuses a wrong number of samples now
@@ -171,18 +182,18 @@ class DiagGGNOptimizer(EngineOptimizer):
             return []
         if self.estimator == "exact":
             return [DiagGGNExact()]
-        return [DiagGGNMC(self.samples, generator=self.generator)]
+        return [DiagGGNMC(self.samples, generator=self._own_draws(self.generator))]
 
     def _join(self) -> None:
         """The loss of all processes is the mean of theirs, and so is its curvature."""
-        parts = [part for values in self.collected for part in values.values()]
-        keys = [list(part) for part in parts]
-        flat = [part[p] for part, ps in zip(parts, keys, strict=True) for p in ps]
-        means = iter(self._ranks.sums(flat))
+        totals: dict[Tensor, Tensor] = {}
+        for values in self.collected:
+            for part in values.values():
+                for p, diagonal in part.items():
+                    totals[p] = totals[p] + diagonal if p in totals else diagonal
         count = self._ranks.place[1]
-        self.collected[:] = [
-            {k: {p: next(means).div_(count) for p in ps}} for k, ps in enumerate(keys)
-        ]
+        means = {p: total.div_(count) for p, total in self._sums(totals).items()}
+        self.collected[:] = [{"diagonal": self._shards(means)}]
 
     def _update(self) -> None:
         measured = [part for values in self.collected for part in values.values()]
@@ -209,7 +220,7 @@ class DiagGGNOptimizer(EngineOptimizer):
 
 
 class Move:
-    """What one step does to a parameter.
+    """What one step does to a parameter, or to the part of it that this process has.
 
     Args:
         p: the parameter.
@@ -233,15 +244,16 @@ class Move:
         name: Callable[[Tensor], str],
     ):
         self.p, self.state = p, state
-        self.m = held(state, "momentum_buffer", p, name)
-        self.h = held(state, "curvature", p, name)
-        self.inverse = self.m if parts else held(state, "inverse", p, name)
-        self.grad = grad.to(self.m.dtype)
+        self.weights = local(p)
+        self.m = local(held(state, "momentum_buffer", p, name))
+        self.h = local(held(state, "curvature", p, name))
+        self.inverse = self.m if parts else local(held(state, "inverse", p, name))
+        self.grad = local(grad).to(self.m.dtype)
         self.measured: Tensor | None = None
         if parts:
-            total = parts[0]
+            total = local(parts[0])
             for part in parts[1:]:  # of several backward passes in one step
-                total = total + part
+                total = total + local(part)
             self.measured = total.to(self.h.dtype)
         self.factor, self.step = 0.0, cast(Tensor | None, None)
 
@@ -258,24 +270,37 @@ class Plan:
         self.moves, lr = moves, float(group["lr"])
         self.weight, self.decay = 1 - group["momentum"], 1 - group["curvature_decay"]
         self.shrink = 1 - lr * group["weight_decay"]
-        for move in moves:
-            if move.measured is not None:
-                self._measure(move, group["damping"])
+        self._measure([m for m in moves if m.measured is not None], group["damping"])
         if moves:
             self._lead(group, lr)
 
-    def _measure(self, move: Move, damping: float) -> None:
+    def _measure(self, moves: list[Move], damping: float) -> None:
         """Invert what the curvature will be, for the steps to come."""
-        state, h = move.state, move.h
-        state["weight"] = 1 - (1 - self.decay) * (1 - state["weight"])
-        inverse = h.lerp(cast(Tensor, move.measured), self.decay)
-        mean = inverse.mean() / state["weight"]
-        # Whose inverse is a number.
-        shift = torch.where(mean > _nothing(h), damping * mean, damping)
-        torch.add(shift, inverse, alpha=1 / state["weight"], out=inverse).reciprocal_()
-        if not damping:  # an element without curvature has no Newton step: it stays
-            inverse.nan_to_num_(posinf=0)
-        state["inverse"] = move.inverse = inverse
+        means = []
+        for move in moves:
+            move.inverse = move.h.lerp(cast(Tensor, move.measured), self.decay)
+            share = move.inverse.numel() / max(1, move.p.numel())
+            mean = move.inverse.mean() if share else move.h.new_zeros(())
+            means.append(mean if share == 1 else mean * share)
+        if any(is_sharded(move.p) for move in moves):
+            means = [*self._whole(means, moves)]
+        for move, mean in zip(moves, means, strict=True):
+            state, h, inverse = move.state, move.h, move.inverse
+            state["weight"] = 1 - (1 - self.decay) * (1 - state["weight"])
+            mean = mean / state["weight"]
+            # Whose inverse is a number.
+            shift = torch.where(mean > _nothing(h), damping * mean, damping)
+            torch.add(shift, inverse, alpha=1 / state["weight"], out=inverse).reciprocal_()
+            if not damping:  # an element without curvature has no Newton step: it stays
+                inverse.nan_to_num_(posinf=0)
+            state["inverse"] = like(inverse, move.p)
+
+    def _whole(self, parts: list[Tensor], moves: list[Move]) -> Tensor | list[Tensor]:
+        """Sums over parts of tensors, made those over all of them, on one device."""
+        parts = [part.to(parts[0].device) for part in parts]
+        if not any(is_sharded(move.p) for move in moves):
+            return parts
+        return over_shards(torch.stack(parts), [move.p for move in moves])
 
     def _lead(self, group: dict[str, Any], lr: float) -> None:
         """Find how far each parameter goes."""
@@ -283,14 +308,15 @@ class Plan:
         adapts = momentum and group["adaptation"]
         squares = [_squares(move.m, move.grad, move.inverse, self.weight) for move in moves]
         # Fetched from their device at once.
-        numbers = torch.stack([part.to(squares[0].device) for part in squares]).tolist()
+        numbers = torch.stack([*self._whole(squares, moves)]).tolist()
         for move, (length, mean, gradient) in zip(moves, numbers, strict=True):
             p, state = move.p, move.state
             state["step"] += 1
             correction = 1 / (1 - momentum ** state["step"])
             if math.isinf(length):  # the square alone may be too large
                 mean_of = move.m.lerp(move.grad, self.weight).double()
-                length = float(_square(mean_of * move.inverse.double()))
+                square = _square(mean_of * move.inverse.double())
+                length = float(self._whole([square], [move])[0])
             length = length**0.5 * correction
             factor = lr * correction
             if adapts:
@@ -317,11 +343,11 @@ class Plan:
         for move in self.moves:
             states[move.p].update(move.state)
             if self.shrink != 1:
-                move.p.mul_(self.shrink)
+                move.weights.mul_(self.shrink)
             if move.step is None:
-                move.p.addcmul_(move.m, move.inverse, value=move.factor)
+                move.weights.addcmul_(move.m, move.inverse, value=move.factor)
             else:
-                move.p.add_(move.step)
+                move.weights.add_(move.step)
 
 
 def _nothing(like: Tensor) -> float:

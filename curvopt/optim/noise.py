@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,9 +10,11 @@ import torch
 from torch import Tensor
 
 from curvopt.engine.computation import Computation
-from curvopt.privacy.ranks import Ranks
 from curvopt.quantities.base import Context, Quantity
 from curvopt.structures import Structure
+
+Add = Callable[[Sequence[Tensor]], list[Tensor]]
+Join = Callable[[Mapping[Tensor, Tensor]], dict[Tensor, Tensor]]
 
 
 class Moments(Quantity):
@@ -94,6 +96,7 @@ class Batch:
         scatter: :math:`\sum_n (z_n - \bar z)^2` per parameter.
         products: :math:`\sum_n \langle z_n, g \rangle^2`, None unless measured, in one pass.
         norms: :math:`|\sum_n z_n|^2` of each parameter, in order.
+        spreads: the sum of each parameter's scatter, in order.
     """
 
     samples: int
@@ -102,39 +105,68 @@ class Batch:
     scatter: dict[Tensor, Tensor]
     products: Tensor | None
     norms: Tensor
+    spreads: Tensor
 
     @classmethod
-    def of(cls, computation: Computation, moments: Any, values: Any) -> Batch:
-        """The batch of one backward pass."""
+    def of(
+        cls, computation: Computation, moments: Any, values: Any, owner: Callable[[Tensor], Tensor]
+    ) -> Batch:
+        """The batch of one backward pass, by the parameters of the optimizer, `owner`."""
         n, loss = computation.samples, computation.loss.detach()
-        sums = {p: total for p, (total, _) in values.items()}
-        scatter = {p: part for p, (_, part) in values.items()}
-        return cls(n, loss, sums, scatter, moments.products, squared_norms(sums.values()))
+        sums = {owner(p): total for p, (total, _) in values.items()}
+        scatter = {owner(p): part for p, (_, part) in values.items()}
+        return cls.made(n, loss, sums, scatter, moments.products)
+
+    @classmethod
+    def made(
+        cls,
+        samples: int,
+        loss: Tensor,
+        sums: dict[Tensor, Tensor],
+        scatter: dict[Tensor, Tensor],
+        products: Tensor | None = None,
+    ) -> Batch:
+        """The batch of whole tensors."""
+        spreads = torch.stack([part.sum() for part in scatter.values()])
+        return cls(samples, loss, sums, scatter, products, squared_norms(sums.values()), spreads)
 
     def joined(self, other: Batch) -> Batch:
-        """Both batches as one."""
+        """Both batches as one; a parameter that one of them left out has zeros there."""
         n, m = self.samples, other.samples
         sums, scatter = dict(self.sums), dict(self.scatter)
-        for p, total in other.sums.items():
-            apart = sums[p] / n - total / m
-            scatter[p] = scatter[p] + other.scatter[p] + apart.square_().mul_(n * m / (n + m))
-            sums[p] = sums[p] + total
-        norms = squared_norms(sums.values())
-        return Batch(n + m, self.loss + other.loss, sums, scatter, None, norms)
+        for p in {**self.sums, **other.sums}:
+            if p not in self.sums:
+                sums[p], scatter[p] = (torch.zeros_like(other.sums[p]) for _ in range(2))
+            if p not in other.sums:
+                apart, more = sums[p] / n, torch.zeros_like(scatter[p])
+                total = sums[p]
+            else:
+                apart, more = sums[p] / n - other.sums[p] / m, other.scatter[p]
+                total = sums[p] + other.sums[p]
+            scatter[p] = scatter[p] + more + apart.square_().mul_(n * m / (n + m))
+            sums[p] = total
+        return Batch.made(n + m, self.loss + other.loss, sums, scatter)
 
-    def over(self, ranks: Ranks) -> Batch:
-        """The batches of all processes as one; its loss is the mean of theirs."""
-        count, params = ranks.place[1], list(self.sums)
+    def over(self, count: int, add: Add, join: Join) -> Batch:
+        """The batches of several processes as one; its loss is the mean of theirs.
+
+        Args:
+            count: the number of processes.
+            add: gives sums of tensors over them.
+            join: the same of what only some of them may have, by parameter.
+        """
         sizes = torch.tensor([self.samples], dtype=torch.float64, device=self.loss.device)
-        samples, loss, *totals = ranks.sums([sizes, self.loss, *self.sums.values()])
+        samples, loss = add([sizes, self.loss])
         n = round(samples.item())
-        sums = {p: total.div_(count) for p, total in zip(params, totals, strict=True)}
-        parts = []
-        for p, own in self.sums.items():
-            apart = own / (count * self.samples) - sums[p] / n
-            parts.append(self.scatter[p] / count**2 + apart.square_().mul_(self.samples))
-        scatter = dict(zip(params, ranks.sums(parts), strict=True))
-        return Batch(n, loss / count, sums, scatter, None, squared_norms(sums.values()))
+        sums = {p: total.div_(count) for p, total in join(self.sums).items()}
+        parts = {}
+        for p, total in sums.items():
+            if p not in self.sums:
+                parts[p] = (total / n).square_().mul_(self.samples)
+            elif self.samples:
+                apart = self.sums[p] / (count * self.samples) - total / n
+                parts[p] = self.scatter[p] / count**2 + apart.square_().mul_(self.samples)
+        return Batch.made(n, loss / count, sums, join(parts))
 
 
 def guessed(grad: Tensor, b: Tensor, t: int, mu: float) -> Tensor:

@@ -14,8 +14,9 @@ from torch.utils.data import DataLoader
 
 from curvopt.engine.computation import Computation
 from curvopt.errors import CurvoptError
-from curvopt.optim.base import Backward, Closure, EngineOptimizer, wrapped_by
+from curvopt.optim.base import Closure, EngineOptimizer, wrapped_by
 from curvopt.optim.clip import Clip, Clipping, check_norm
+from curvopt.optim.joined import Backward
 from curvopt.optim.private_tape import PrivateTape, detached
 from curvopt.optim.sizes import check_sizes
 from curvopt.privacy.accounting import PrivacyLedger
@@ -23,7 +24,6 @@ from curvopt.privacy.checks import require
 from curvopt.privacy.clipping import QuantileClipping
 from curvopt.privacy.epsilon import Accountant
 from curvopt.privacy.noise import GaussianNoise
-from curvopt.privacy.ranks import Ranks
 from curvopt.privacy.report import PrivacyReport
 from curvopt.privacy.sampling import PoissonBatchSampler, SamplerKind, check_ranks, sampling_of
 from curvopt.privacy.schedules import Schedule, value_at
@@ -80,7 +80,13 @@ class PrivateOptimizer(EngineOptimizer):
         size = expected_batch_size
         require(0 < size < math.inf, "expected batch size", size, "must be positive and finite")
         require(clipping in ("flat", "per_layer", "automatic"), "clipping", clipping, "is unknown")
-        super().__init__(params, defaults, batch_size=batch_size, reduction=reduction)
+        super().__init__(
+            params,
+            defaults,
+            batch_size=batch_size,
+            reduction=reduction,
+            process_group=process_group,
+        )
         self.noise_multiplier, self.max_grad_norm = noise_multiplier, max_grad_norm
         self.expected_batch_size, self.clipping = expected_batch_size, clipping
         self.sampler, self.sample_rate, num_samples = sampling_of(
@@ -90,10 +96,9 @@ class PrivateOptimizer(EngineOptimizer):
         self.norms: Tensor | None = None
         self.nonfinite_samples = 0
         self._noise = GaussianNoise(generator, secure=secure_noise)
-        self._ranks = Ranks(process_group)
         self._place = self._ranks.place
         check_ranks(sampler, *self._place)
-        self._met = self._agreed = self._spent = False
+        self._spent = False
         self._sizes = (-1, 0)  # of the last logical batch, and how often in a row
 
     def _move(
@@ -254,9 +259,9 @@ class PrivateOptimizer(EngineOptimizer):
             settings["the parameters' sum"] = sum(
                 float(p.double().sum()) for p in self._parameters()
             )
-        everybody = self._ranks.meet(settings, norms)
+        told = self._ranks.meet(settings, len(norms))
         self._agreed = True
-        return everybody
+        return self._ranks.concatenated(norms, [count for (count,) in told])
 
     def empty_step(self) -> None:
         """Take the step of an empty batch, as Poisson sampling draws some, without the model.
@@ -291,8 +296,7 @@ class PrivateOptimizer(EngineOptimizer):
                 return tuple(map(detached, result))
             return detached(result)
         except Exception:  # no interrupt: nobody may come to hear of that
-            if not self._met:
-                self._ranks.fail()  # the others are waiting
+            self._tell()  # the others are waiting
             raise
         finally:
             if self._spent:  # it failed after noise went into the sums

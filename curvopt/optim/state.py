@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from curvopt.errors import CurvoptError
+from curvopt.parallel.shards import is_sharded
 
 
 def held(state: dict[str, Any], key: str, p: Tensor, name: Callable[[Tensor], str]) -> Tensor:
@@ -23,6 +24,12 @@ def held(state: dict[str, Any], key: str, p: Tensor, name: Callable[[Tensor], st
         CurvoptError: it is missing, or does not have the parameter's shape.
     """
     value = state.get(key)
+    if isinstance(value, Tensor) and is_sharded(value) != is_sharded(p):
+        raise CurvoptError(
+            f"{key!r} in the state of {name(p)} is {'a shard' if is_sharded(value) else 'whole'}, "
+            "and the parameter is not: save and load the state by torch.distributed.checkpoint "
+            "(get_optimizer_state_dict, set_optimizer_state_dict)"
+        )
     if not isinstance(value, Tensor) or value.shape != p.shape:
         what = f"is {list(value.shape)}" if isinstance(value, Tensor) else "is missing"
         raise CurvoptError(

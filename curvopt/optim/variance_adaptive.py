@@ -4,23 +4,20 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterator
-from itertools import zip_longest
-from operator import itemgetter
-from typing import Any, ClassVar, NamedTuple, cast
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from curvopt.engine.computation import Computation
 from curvopt.errors import CurvoptError
-from curvopt.optim.base import Backward, EngineOptimizer
+from curvopt.optim.base import EngineOptimizer
+from curvopt.optim.joined import Backward
 from curvopt.optim.noise import Batch, Moments, Noise, guessed, squared_norms
 from curvopt.optim.state import held
+from curvopt.optim.variance_plan import Plan, Row, floor
+from curvopt.parallel.shards import local, over_shards
 from curvopt.quantities import Quantity
-
-# Elements of a block: 256 KiB of float32.
-BLOCK = 1 << 16
 
 
 class VarianceAdaptiveSGD(EngineOptimizer):
@@ -66,7 +63,10 @@ class VarianceAdaptiveSGD(EngineOptimizer):
             and a step that measures costs up to three times one that does not. N is read when S is.
         noise_decay: of the averages behind `noise`, per measurement. Default 0.9.
         noise_tests: measure what the inner-product and orthogonality tests in `noise` need: one
-            more product per layer, with S.
+            more product per layer, with S; not over several processes.
+        process_group: the processes of a step, where nothing wraps the model: their gradients are
+            averaged in `step`. Default: those of the wrapper (``DistributedDataParallel``,
+            ``fully_shard``).
         batch_size: number of samples, where the data flow leaves two readings; checked against it.
         reduction: ``"mean"`` or ``"sum"``: what a sample's own loss is where a sum is scaled by
             something that may be a count: N times its part of the loss, or its part.
@@ -94,6 +94,7 @@ class VarianceAdaptiveSGD(EngineOptimizer):
     """
 
     saved: ClassVar[tuple[str, ...]] = ("steps", "samples", "averages")
+    takes_shards = True
 
     def __init__(
         self,
@@ -108,6 +109,7 @@ class VarianceAdaptiveSGD(EngineOptimizer):
         variance_every: int = 10,
         noise_decay: float = 0.9,
         noise_tests: bool = False,
+        process_group: Any = None,
         batch_size: int | None = None,
         reduction: str | None = None,
     ):
@@ -119,7 +121,13 @@ class VarianceAdaptiveSGD(EngineOptimizer):
             lr=lr, momentum=momentum, weight_decay=weight_decay, debiased=debiased,
             maximize=maximize, foreach=foreach,
         )  # fmt: skip
-        super().__init__(params, defaults, batch_size=batch_size, reduction=reduction)
+        super().__init__(
+            params,
+            defaults,
+            batch_size=batch_size,
+            reduction=reduction,
+            process_group=process_group,
+        )
         self.variance_every, self.noise_decay = variance_every, noise_decay
         self.noise_tests = noise_tests
         self.samples = 0
@@ -143,11 +151,16 @@ class VarianceAdaptiveSGD(EngineOptimizer):
         values: dict[str, Any] = {}
         with computation.watching([moments], values):
             backward(computation.derives)
-        batch = Batch.of(computation, moments, values[moments.field])
+        owner = self._wrappers.shards.owner
+        batch = Batch.of(computation, moments, values[moments.field], owner)
         self.collected[:] = [self.collected[0].joined(batch) if self.collected else batch]
 
     def _join(self) -> None:
-        self.collected[:] = [batch.over(self._ranks) for batch in self.collected]
+        (batch,) = self.collected
+        count, add = self._ranks.place[1], self._ranks.sums
+        batch = batch.over(count, add, self._sums) if count > 1 else batch
+        batch.sums, batch.scatter = self._shards(batch.sums), self._shards(batch.scatter)
+        self.collected[:] = [batch]
 
     # -- the step ---------------------------------------------------------------------------------
 
@@ -185,12 +198,12 @@ class VarianceAdaptiveSGD(EngineOptimizer):
             b = torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32))
             # S is positive: 0 / 0 must not happen.
             state.update(step=0, spread=0.0, measured=0, momentum_buffer=b)
-            state["variance"] = torch.full_like(b, _floor(b.dtype))
-        b, s = (held(state, key, p, self._name) for key in ("momentum_buffer", "variance"))
-        grad = cast(Tensor, p.grad).to(b.dtype)
+            state["variance"] = torch.full_like(b, floor(b.dtype))
+        b, s = (local(held(state, key, p, self._name)) for key in ("momentum_buffer", "variance"))
+        grad = local(p.grad).to(b.dtype)
         decay, scatter = mu, None
         if n > 1 and batch and p in batch.scatter:
-            decay, scatter = mu**self.variance_every, batch.scatter[p]
+            decay, scatter = mu**self.variance_every, local(batch.scatter[p])
         elif n == 1 and state["step"]:
             scatter = guessed(grad, b, state["step"], mu)
         share = 0.0
@@ -199,13 +212,14 @@ class VarianceAdaptiveSGD(EngineOptimizer):
             share = max(1 / state["measured"], 1 - decay)  # a mean at first
         state["spread"] = mu**2 * state["spread"] + 1 / n
         state["step"] += 1
-        return (state["spread"], share, p.dtype), Row(p, grad, b, s, scatter, state)
+        return (state["spread"], share, p.dtype), Row(local(p), grad, b, s, scatter, state, p)
 
     def _shrunk(self, batch: Batch) -> float:
         """Squared factor by which ``p.grad`` was clipped since the backward pass."""
         if self._unchanged():
             return 1.0
-        now = squared_norms([p.grad for p in batch.sums if p.grad is not None]).sum()
+        clipped = [p for p in batch.sums if p.grad is not None]
+        now = over_shards(squared_norms([local(p.grad) for p in clipped]), clipped).sum()
         return min(1.0, float(now / batch.norms.sum()))
 
     # -- noise ------------------------------------------------------------------------------------
@@ -214,7 +228,7 @@ class VarianceAdaptiveSGD(EngineOptimizer):
         """Averages of what `noise` needs; numerators and denominators apart."""
         n = batch.samples
         rates = {p: float(group["lr"]) for group in self.param_groups for p in group["params"]}
-        scatters = torch.stack([part.sum() for part in batch.scatter.values()])
+        scatters = batch.spreads
         gradient, variance = batch.norms.sum(), n / (n - 1) * scatters.sum()
         weighted = scatters @ scatters.new_tensor([rates[p] for p in batch.scatter])
         seen = {
@@ -263,133 +277,3 @@ class VarianceAdaptiveSGD(EngineOptimizer):
             orthogonality_test=ratio("across", "tested") if "across" in a else None,
             cabs=ratio("cabs", "loss"),
         )
-
-
-class Row(NamedTuple):
-    """A parameter, its gradient, momentum buffer and S, what is new in S, and its state to come."""
-
-    p: Tensor
-    grad: Tensor
-    b: Tensor
-    s: Tensor
-    scatter: Tensor | None
-    state: dict[str, Any]
-
-
-class Plan:
-    """What one step does to some parameters: `VarianceAdaptiveSGD` says it, ``r = spread``.
-
-    Whatever can fail is done before anything changes. One by one, parameters then move by
-    arithmetic that is in place and has its memory already; together, by steps computed before.
-
-    Args:
-        group: the settings.
-        spread: r.
-        share: of the news in S.
-        new: factor of the scatter.
-        rows: the parameters.
-    """
-
-    def __init__(
-        self, group: dict[str, Any], spread: float, share: float, new: float, rows: list[Row]
-    ):
-        lr = float(group["lr"])
-        self.spread, self.share, self.new, self.rows = spread, share, new, rows
-        self.momentum, self.debiased = group["momentum"], group["debiased"]
-        self.rate = lr if group["maximize"] else -lr
-        self.shrink = 1 - lr * group["weight_decay"]
-        self.floor, together = _floor(rows[0].s.dtype), group["foreach"]
-        if together is None:
-            together = rows[0].p.device.type != "cpu"
-        self.together = together and rows[0].p.dtype == rows[0].b.dtype
-        if self.together:
-            self.steps = self._steps(*(list(part) for part in zip(*rows, strict=True)))
-            return
-        self.blocks = [block for row in rows for block in _blocks(*row[:5])]
-        self.scratch = {
-            device: torch.empty(2, size, dtype=rows[0].b.dtype, device=device)
-            for device, size in sorted(
-                ((b.device, b.numel()) for _, _, b, _, _ in self.blocks), key=itemgetter(1)
-            )
-        }
-
-    def _move(self, p: Tensor, grad: Tensor, b: Tensor, s: Tensor, scatter: Tensor | None) -> None:
-        """Move one parameter, or a block of it."""
-        if scatter is not None:
-            self._spread(s, scatter)
-        torch.add(grad, b, alpha=self.momentum, out=b)
-        squares, other = (part[: b.numel()].view(b.shape) for part in self.scratch[b.device])
-        torch.mul(b, b, out=squares)
-        # gamma = top / bottom
-        if self.debiased:
-            top = torch.sub(squares, s, alpha=self.spread, out=other).clamp_(min=0)
-            bottom = squares.clamp_(min=self.floor)
-        else:
-            top, bottom = squares, torch.add(squares, s, alpha=self.spread, out=other)
-        step = torch.div(b, bottom, out=bottom)
-        if self.shrink != 1:
-            p.mul_(self.shrink)
-        if p.dtype == step.dtype:
-            p.addcmul_(top, step, value=self.rate)
-        else:
-            p.add_(step.mul_(top), alpha=self.rate)
-
-    def _spread(self, s: Tensor, scatter: Tensor) -> Tensor:
-        return s.mul_(1 - self.share).add_(scatter, alpha=self.new).clamp_(min=self.floor)
-
-    def _steps(
-        self, _: Any, grads: Any, buffers: Any, spreads: Any, scatters: Any, *__: Any
-    ) -> Any:
-        """The steps of many parameters by each call, before their rate."""
-        if scatters[0] is not None:
-            spreads = torch._foreach_mul(spreads, 1 - self.share)
-            torch._foreach_add_(spreads, scatters, alpha=self.new)
-            torch._foreach_clamp_min_(spreads, self.floor)
-        buffers = torch._foreach_mul(buffers, self.momentum)
-        torch._foreach_add_(buffers, grads)
-        top = bottom = torch._foreach_mul(buffers, buffers)
-        if self.debiased:
-            top = torch._foreach_add(bottom, spreads, alpha=-self.spread)
-            torch._foreach_clamp_min_(top, 0)
-            torch._foreach_clamp_min_(bottom, self.floor)
-        else:
-            bottom = torch._foreach_add(top, spreads, alpha=self.spread)
-        torch._foreach_div_(buffers, bottom)
-        torch._foreach_mul_(buffers, top)
-        return buffers
-
-    def carry_out(self, states: Any) -> None:
-        """Change parameters and states, in place and without memory: nothing that could fail."""
-        for row in self.rows:
-            states[row.p].update(row.state)
-        if not self.together:
-            for block in self.blocks:
-                self._move(*block)
-            return
-        params, grads, buffers, spreads, scatters, _ = (
-            list(part) for part in zip(*self.rows, strict=True)
-        )
-        if scatters[0] is not None:
-            torch._foreach_mul_(spreads, 1 - self.share)
-            torch._foreach_add_(spreads, scatters, alpha=self.new)
-            torch._foreach_clamp_min_(spreads, self.floor)
-        torch._foreach_mul_(buffers, self.momentum)
-        torch._foreach_add_(buffers, grads)
-        if self.shrink != 1:
-            torch._foreach_mul_(params, self.shrink)
-        torch._foreach_add_(params, self.steps, alpha=self.rate)
-
-
-def _blocks(*row: Tensor | None) -> Iterator[Any]:
-    """Large tensors in blocks, which stay in a core's cache over the calls of `Plan._move`."""
-    given = [tensor for tensor in row if tensor is not None]
-    if given[0].numel() <= BLOCK or not all(tensor.is_contiguous() for tensor in given):
-        yield row
-    else:
-        yield from zip_longest(*([] if t is None else t.view(-1).split(BLOCK) for t in row))
-
-
-def _floor(dtype: torch.dtype) -> float:
-    """The smallest S: far below any square that matters, and still normal when it is divided."""
-    info = torch.finfo(dtype)
-    return info.tiny / info.eps

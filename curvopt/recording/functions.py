@@ -47,6 +47,13 @@ HOOKING: frozenset[Function] = frozenset(
     [Tensor.register_hook, *(getattr(Tensor, name).__get__ for name in ("grad_fn",))]
 )
 
+
+def is_torchs(args: tuple[Any, ...]) -> bool:
+    """Whether a hook is one by which torch's own wrappers learn that a gradient has come by."""
+    module = getattr(args[1], "__module__", None) if len(args) > 1 else None
+    return isinstance(module, str) and module.startswith("torch.distributed.")
+
+
 # Functions whose output is not the same for all samples although no argument says so.
 RANDOM: frozenset[Function] = frozenset(
     [torch.rand, torch.randn, torch.randint, torch.empty, torch.randperm, torch.normal]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,12 +20,16 @@ class Modules(Calls):
 
     Attributes:
         opaque: a module that a rule covers while its forward pass runs, and what is known of it.
+        on_module: called with each module before its forward pass, and the recording.
     """
 
     opaque: list[Any]
+    on_module: Callable[..., Any] | None
 
     def _note_module(self, module: nn.Module, args: Any) -> None:
         """Buffers (masks, positions) are the same for all samples; packed batches are sorted."""
+        if self.on_module is not None:
+            self.on_module(module, self)
         if isinstance(module, nn.RNNBase):
             remember_order(module, args)
         # The layers of a scripted module do not call hooks.

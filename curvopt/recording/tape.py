@@ -50,6 +50,8 @@ class Tape(Modules, Losses, TorchFunctionMode):
     Attributes:
         record: what was recorded.
         trace: the ops of the pass.
+        on_module: called with each module before its forward pass, and the tape.
+        serial: columns go back one by one: code on the way is not to be vectorized.
     """
 
     def __init__(
@@ -72,6 +74,8 @@ class Tape(Modules, Losses, TorchFunctionMode):
         self._tracked = {
             id(p): Shared(p, p._version, frozenset([id(p)]), True) for p in self.params
         }
+        self.on_module: Function | None = None
+        self.serial = False
         self.entered: ExitStack | None = None
         self.opaque = []
         self.depth = 0
@@ -83,6 +87,14 @@ class Tape(Modules, Losses, TorchFunctionMode):
         self.shared = dict(self._tracked)
         self.log_softmaxes = {}
         self.spent: set[Any] = set()
+
+    def exchange(self, before: Tensor, after: Tensor) -> None:
+        """Track a tensor in the place of a parameter of which no use was recorded so far."""
+        self.names = {after if p is before else p: name for p, name in self.names.items()}
+        self.params = [p for p in self.names if p.requires_grad]
+        self.by_id = {id(p): p for p in self.params}
+        self.shared.pop(id(before), None)
+        self.shared[id(after)] = Shared(after, after._version, frozenset([id(after)]), True)
 
     def consume(self, calls: Iterable[Call]) -> None:
         """Retire calls that a backward pass went over; a second pass over them is an error."""
@@ -100,7 +112,7 @@ class Tape(Modules, Losses, TorchFunctionMode):
         self, func: Function, types: Any, args: Positional = (), kwargs: Keywords | None = None
     ) -> Any:
         if func in _PASSIVE:
-            if func in known.HOOKING:
+            if func in known.HOOKING and not known.is_torchs(args):
                 self.record.hooked = True
             return func(*args, **kwargs) if kwargs else func(*args)
         kwargs = kwargs or {}

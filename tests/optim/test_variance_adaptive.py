@@ -275,7 +275,7 @@ def test_blocks_and_lists_change_nothing(monkeypatch, debiased):
     """Parameters are moved in blocks on the CPU, and all together elsewhere."""
     runs = []
     for block, foreach in ((1 << 16, None), (4, None), (4, True)):
-        monkeypatch.setattr(curvopt.optim.variance_adaptive, "BLOCK", block)
+        monkeypatch.setattr(curvopt.optim.variance_plan, "BLOCK", block)
         problem = Case("convnet", "ce").build(n=5)
         problem.model.to(memory_format=torch.channels_last)
         opt = curvopt.VarianceAdaptiveSGD(

@@ -1,0 +1,1 @@
+"""Several processes: who belongs together, what is joined how, and who divides parameters."""

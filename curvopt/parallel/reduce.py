@@ -1,0 +1,64 @@
+"""Tensors of all processes joined, few messages at a time; and fingerprints to compare."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# Bytes that go in one message, as in DistributedDataParallel.
+BUCKET = 25 << 20
+
+_WHOLE = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def add_up(tensors: Sequence[Tensor], collective: Callable[[Tensor], Any]) -> None:
+    """Run a collective on contiguous tensors, in place; small ones share a message.
+
+    Args:
+        tensors: of any dtypes and devices, in the same order on all processes.
+        collective: works in place on one flat tensor.
+    """
+    for bucket in _buckets(tensors):
+        if len(bucket) == 1:
+            collective(bucket[0].view(-1))
+            continue
+        flat = torch.cat([tensor.view(-1) for tensor in bucket])
+        collective(flat)
+        parts = flat.split([tensor.numel() for tensor in bucket])
+        torch._foreach_copy_(bucket, [p.view_as(t) for p, t in zip(parts, bucket, strict=True)])
+
+
+def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    kinds: dict[Any, list[Tensor]] = defaultdict(list)
+    for tensor in tensors:
+        if tensor.numel():
+            kinds[tensor.dtype, tensor.device].append(tensor)
+    for alike in kinds.values():
+        bucket: list[Tensor] = []
+        size = 0
+        for tensor in alike:
+            if bucket and size + tensor.nbytes > BUCKET:
+                yield bucket
+                bucket, size = [], 0
+            bucket.append(tensor)
+            size += tensor.nbytes
+        yield bucket
+
+
+def fingerprint(tensors: Iterable[Tensor | None]) -> tuple[int | None, ...]:
+    """Numbers that are equal for equal bits, on every device; None for None.
+
+    Each is the sum of a tensor's words as integers, which no order of adding can change.
+    """
+    given = list(tensors)
+    words = [
+        t.detach().contiguous().view(_WHOLE[t.element_size()]).sum(dtype=torch.int64).cpu()
+        for t in given
+        if t is not None
+    ]
+    numbers = iter(torch.stack(words).tolist() if words else [])
+    return tuple(None if t is None else next(numbers) for t in given)

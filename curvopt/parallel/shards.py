@@ -1,0 +1,157 @@
+"""Parameters that `torch.distributed.fsdp.fully_shard` divides among the processes.
+
+The optimizer holds shards, `DTensor`; the forward pass sees whole parameters, which are gathered
+for it. What is measured of those is summed over the processes and cut like the shards.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from curvopt.errors import CurvoptError
+from curvopt.recording.tape import Tape
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether a tensor is a `DTensor`."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
+def local(tensor: Any) -> Any:
+    """This process's part of a tensor, in the same memory; a tensor that is whole is its own."""
+    if isinstance(tensor, Tensor) and is_sharded(tensor):
+        shard: Any = tensor
+        return shard.to_local()
+    return tensor
+
+
+def like(part: Tensor, p: Any) -> Tensor:
+    """A tensor divided as `p` is, of which this process has `part`."""
+    if not is_sharded(p):
+        return part
+    return type(p.data).from_local(
+        part, p.device_mesh, p.placements, run_check=False, shape=p.shape, stride=p.stride()
+    )
+
+
+def cut(whole: Tensor, p: Any) -> Tensor:
+    """A tensor that all processes have, divided as `p` is."""
+    if not is_sharded(p):
+        return whole
+    from torch.distributed.tensor import DTensor, Replicate
+
+    everywhere = [Replicate()] * p.device_mesh.ndim
+    made = DTensor.from_local(whole, p.device_mesh, everywhere, run_check=False)
+    return made.redistribute(placements=p.placements)
+
+
+def over_shards(rows: Tensor, params: Sequence[Any]) -> Tensor:
+    """Sums of this process's parts, made those of whole tensors, in place.
+
+    Args:
+        rows: ``[P, ...]``, one row per parameter.
+        params: the P parameters; those that are whole keep their rows.
+    """
+    meshes: dict[Any, list[int]] = {}
+    for index, p in enumerate(params):
+        if is_sharded(p):
+            for dim, placement in enumerate(p.placements):
+                if placement.is_shard():
+                    meshes.setdefault((p.device_mesh, dim), []).append(index)
+    for (mesh, dim), indices in meshes.items():
+        if mesh.size(dim) > 1:
+            part = rows[indices].contiguous()
+            dist.all_reduce(part, group=mesh.get_group(dim))
+            rows[indices] = part
+    return rows
+
+
+class Shards:
+    """The whole parameters that belong to shards, as the forward pass shows them.
+
+    Attributes:
+        whole: the whole parameter of each shard.
+        shard: the shard of each whole parameter.
+        modules: the modules on which `fully_shard` was called.
+    """
+
+    def __init__(self) -> None:
+        self.whole: dict[Tensor, Tensor] = {}
+        self.shard: dict[Tensor, Tensor] = {}
+        self.modules: dict[nn.Module, None] = {}
+
+    def __bool__(self) -> bool:
+        return bool(self.modules)
+
+    def meet(self, module: Any, tape: Tape) -> None:
+        """Gather the parameters of a module, before its forward pass does, and track those.
+
+        What gathers is no part of the pass. The module's own call finds it done.
+        """
+        with tape.trace.paused(), torch.no_grad():
+            module.unshard()
+        known = self.modules.get(module, self)
+        self.modules[module] = None
+        if known is None:
+            return
+        for param in params_of(module):
+            p, whole = param.sharded_param, param.unsharded_param
+            if p not in tape.by_id.values():
+                continue
+            if is_sharded(whole):
+                raise CurvoptError(tensor_parallel(tape.name(p)))
+            self.whole[p], self.shard[whole] = whole, p
+            tape.exchange(p, whole)
+
+    def of(self, p: Tensor) -> Tensor:
+        """What the forward pass sees of a parameter, as far as is known."""
+        return self.whole.get(p, p)
+
+    def owner(self, tensor: Tensor) -> Tensor:
+        """The optimizer's parameter behind what a forward pass saw."""
+        return self.shard.get(tensor, tensor)
+
+    @property
+    def groups(self) -> list[Any]:
+        """What gathers and reduces together, torch's ``FSDPParamGroup``."""
+        return [group for module in self.modules for group in groups_of(module)]
+
+    @property
+    def mesh(self) -> Any:
+        """The mesh of the shards."""
+        meshes = {id(mesh): mesh for p in self.whole for mesh in [p.device_mesh]}  # type: ignore[attr-defined]
+        if len(meshes) > 1:
+            raise CurvoptError(
+                "the parameters are sharded over several meshes, so the processes of a step are "
+                "not known: give process_group="
+            )
+        return next(iter(meshes.values()), None)
+
+
+def groups_of(module: Any) -> Iterable[Any]:
+    """What a module gathers and reduces together; their place differs between torch's releases."""
+    state = module._get_fsdp_state()
+    if hasattr(state, "_fsdp_param_groups"):
+        return state._fsdp_param_groups
+    return [state._fsdp_param_group] if state._fsdp_param_group is not None else []
+
+
+def params_of(module: Any) -> Iterable[Any]:
+    """What a module has divided, torch's ``FSDPParam``."""
+    return [param for group in groups_of(module) for param in group.fsdp_params]
+
+
+def tensor_parallel(name: str) -> str:
+    """What is said of a parameter whose ops run on parts of it."""
+    return (
+        f"{name} is a DTensor that no fully_shard gathers for the forward pass, as in tensor "
+        "parallel layers: a process then sees a part of each op, and per-sample quantities are "
+        "not computed from parts. Use fully_shard or DistributedDataParallel alone"
+    )
