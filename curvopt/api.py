@@ -45,7 +45,7 @@ class Recording(Tape):
         self._refuse_hooks(asked)
         computation = Computation(self, loss, reduction, max_columns, output=output)
         values = computation.run(asked) if asked else {}
-        result = Result(computation.loss.detach(), lambda: _complete(computation))
+        result = Result(computation.loss.detach(), lambda: _complete(computation), self.names)
         for field, value in values.items():
             setattr(result, field, value)
         return result

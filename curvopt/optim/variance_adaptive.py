@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
 from collections.abc import Iterator
 from itertools import zip_longest
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from curvopt.engine.computation import Computation
 from curvopt.errors import CurvoptError
+from curvopt.optim import stats
 from curvopt.optim.base import Backward, EngineOptimizer
 from curvopt.optim.noise import Batch, Moments, Noise, guessed, squared_norms
 from curvopt.optim.state import held
@@ -77,6 +77,10 @@ class VarianceAdaptiveSGD(EngineOptimizer):
             state are as before.
 
     Note:
+        `stats` tells ``gain``, what :math:`\gamma` leaves of the step's norm; ``step_rms``, its
+        root mean square without weight decay; ``variance``, the mean of S; and what is in `noise`
+        as ``noise/scale`` and so on.
+
         Backward passes over micro-batches in one step add up exactly. A gradient whose norm is
         clipped after `backward()` has its variance clipped alike. A summed loss works as well as
         a mean, but only a mean lets N change from step to step. For half-precision parameters
@@ -239,6 +243,10 @@ class VarianceAdaptiveSGD(EngineOptimizer):
             averages[name] = before.lerp(value, 1 - self.noise_decay)
         return averages
 
+    def _stats(self) -> stats.Stats:
+        noise = self.noise if self.averages else None
+        return stats.variance_adaptive(self.param_groups, self.state, noise)
+
     @property
     def noise(self) -> Noise:
         """How noisy the gradient is: what batch size to choose, averaged over the last steps.
@@ -248,21 +256,7 @@ class VarianceAdaptiveSGD(EngineOptimizer):
         """
         if not self.averages:
             raise CurvoptError("the noise is known after a step with two samples or more")
-        a = {name: value.item() for name, value in self.averages.items()}
-
-        def ratio(top: str, bottom: str) -> float:
-            return a[top] / a[bottom] if a[bottom] > 0 else math.inf
-
-        return Noise(
-            batch_size=self.samples,
-            trace=a["trace"] / a["weight"],
-            signal=a["signal"] / a["weight"],
-            scale=ratio("trace", "signal"),
-            norm_test=ratio("variance", "gradient"),
-            inner_product_test=ratio("along", "tested squared") if "along" in a else None,
-            orthogonality_test=ratio("across", "tested") if "across" in a else None,
-            cabs=ratio("cabs", "loss"),
-        )
+        return Noise.of(self.samples, self.averages)
 
 
 class Row(NamedTuple):
