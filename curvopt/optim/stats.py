@@ -117,10 +117,10 @@ def variance_adaptive(groups: list[dict[str, Any]], states: Any, noise: Any = No
         return stats
     gain: dict[Tensor, float] = {}
     step, variance = dict(gain), dict(gain)
-    for (p, group, _), (full, gained, s) in zip(moved, numbers, strict=True):
+    for (p, group, _), (full, gained, mean) in zip(moved, numbers, strict=True):
         gain[p] = gained / full if full else 1.0
         step[p] = float(group["lr"]) * gained / p.numel() ** 0.5
-        variance[p] = s
+        variance[p] = mean
     full, gained = (math.hypot(*column) for column in list(zip(*numbers, strict=True))[:2])
     stats.tensors["gain"], stats.overall["gain"] = gain, gained / full if full else 1.0
     stats.root_mean_square("step_rms", step)

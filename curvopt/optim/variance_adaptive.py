@@ -91,7 +91,8 @@ class VarianceAdaptiveSGD(EngineOptimizer):
         >>> opt = curvopt.VarianceAdaptiveSGD(model.parameters())
         >>> x, y = torch.randn(8, 4), torch.randint(3, (8,))
         >>> loss = opt.step(lambda: torch.nn.functional.cross_entropy(model(x), y))
-        >>> opt.noise.scale  # samples at which noise and signal are even
+        >>> opt.noise.scale > 0  # samples at which noise and signal are even
+        True
 
     References:
         Balles and Hennig 2018, "Dissecting Adam", arXiv 1705.07774.
