@@ -99,6 +99,8 @@ def test_docstrings(name):
 
 
 def test_blocks_are_found():
-    text = "a\n```python\nx = 1\n```\n<!-- not run: slow -->\n```python\n1 / 0\n```\n```py\n?\n```\n"
+    text = (
+        "a\n```python\nx = 1\n```\n<!-- not run: slow -->\n```python\n1 / 0\n```\n```py\n?\n```\n"
+    )
     text += "  ```python\n  if x:\n    y = 2\n  ```\n"
     assert [*blocks(text)] == [(2, "x = 1\n"), (12, "if x:\n  y = 2\n")]
