@@ -21,11 +21,13 @@ from curvopt.ops.registry import MODULE_RULES
 from tests.test_datasets import write_mnist
 
 ROOT = Path(__file__).parents[1]
-PAGES = sorted(
-    [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("benchmarks/**/*.md")],
-    key=str,
-)
-PAGES = [page for page in PAGES if page.name != "CHANGELOG.md"]  # fragments of what was
+MADE = {"docs/index.md", "CHANGELOG.md"}  # by docs/make.py; fragments of what was
+PAGES = [
+    path
+    for pattern in ("*.md", "docs/*.md", "docs/api/*.md", "benchmarks/**/*.md")
+    for path in sorted(ROOT.glob(pattern))
+    if path.relative_to(ROOT).as_posix() not in MADE
+]
 BLOCK = re.compile(
     r"^(?P<skip><!-- not run: (?P<why>[^\n]*) -->\n+)?"
     r"(?P<indent> *)```(?P<language>\w+)[^\n]*\n(?P<code>.*?)^(?P=indent)```",

@@ -30,7 +30,7 @@ class VarianceAdaptiveSGD(EngineOptimizer):
     one backward pass with g itself. With N samples, all elementwise:
 
     .. math::
-        S &\leftarrow \beta S + (1 - \beta) \tfrac{1}{N - 1} \textstyle\sum_n (g_n - g)^2 \\
+        S &\leftarrow \beta S + (1 - \beta) \tfrac{1}{N - 1} \sum_n (g_n - g)^2 \\
         b &\leftarrow \mu b + g, \qquad r \leftarrow \mu^2 r + 1 / N \\
         \gamma &= b^2 / (b^2 + r S), \qquad
         \theta \leftarrow \theta - \mathrm{lr} \, (\gamma b + \lambda \theta)
