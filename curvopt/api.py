@@ -45,7 +45,7 @@ class Recording(Tape):
         self._refuse_hooks(asked)
         computation = Computation(self, loss, reduction, max_columns, output=output)
         values = computation.run(asked) if asked else {}
-        result = Result(computation.loss.detach(), lambda: _complete(computation))
+        result = Result(computation.loss.detach(), lambda: _complete(computation), self.names)
         for field, value in values.items():
             setattr(result, field, value)
         return result
@@ -73,7 +73,7 @@ def record(
     """Record a forward pass, to compute quantities of its loss.
 
     Args:
-        params: parameters, or (name, parameter) pairs; names appear in messages.
+        params: parameters, or (name, parameter) pairs: the result and messages then speak of names.
         batch_size: number of samples, where the data flow leaves two readings; checked against it.
         create_graph: keep the quantities differentiable in the parameters and inputs.
 
@@ -84,6 +84,8 @@ def record(
         >>> with curvopt.record(model.parameters()) as tape:
         ...     loss = torch.nn.functional.cross_entropy(model(x), y)
         >>> result = tape.compute(loss, curvopt.Variance())
+        >>> result.variance[p].shape == p.shape
+        True
     """
     return Recording(params, batch_size=batch_size, create_graph=create_graph)
 
@@ -103,7 +105,7 @@ def compute(
         closure: runs the model and returns the loss; it may call ``backward()`` on it, which
             then also adds the gradient to ``p.grad`` as usual. For the curvature of a loss that
             is none of torch.nn.functional's, it returns ``(loss, output)`` with the model's output.
-        params: parameters, or (name, parameter) pairs; names appear in messages.
+        params: parameters, or (name, parameter) pairs: the result and messages then speak of names.
         *quantities: what to compute; those with the same cotangent share one backward pass.
         batch_size: number of samples, where the data flow leaves two readings; checked against it.
         reduction: ``"mean"`` or ``"sum"``: what a sample's own loss is where a sum is scaled by
@@ -120,11 +122,14 @@ def compute(
     Example:
         >>> result = curvopt.compute(
         ...     lambda: torch.nn.functional.cross_entropy(model(x), y),
-        ...     model.parameters(),
+        ...     model.named_parameters(),
         ...     curvopt.BatchGrad(),
         ...     curvopt.DiagGGNExact(),
         ... )
-        >>> result.batch_grad[p], result.diag_ggn_exact[p]
+        >>> result.batch_grad["0.weight"].shape  # or result.batch_grad[p]
+        torch.Size([8, 5, 4])
+        >>> result.diag_ggn_exact
+        diag_ggn_exact(0.weight: [5, 4], 0.bias: [5], 2.weight: [3, 5], 2.bias: [3])
     """
     tape = record(params, batch_size=batch_size, create_graph=create_graph)
     calls: list[Tensor] = []

@@ -76,9 +76,10 @@ def mnist(data_dir: str | os.PathLike[str] | None = None, *, download: bool = Tr
             MNIST nor scikit-learn is at hand.
 
     Example:
-        >>> data = mnist("path/to/mnist")
-        >>> data.train_images.shape
-        torch.Size([60000, 1, 28, 28])
+        >>> from curvopt.datasets import mnist
+        >>> data = mnist()
+        >>> data.train_images.shape[1:], len(data.train_images) == len(data.train_labels)
+        (torch.Size([1, 28, 28]), True)
     """
     named = data_dir or os.environ.get("CURVOPT_DATA")
     if named:

@@ -45,7 +45,8 @@ def param_jacobian(
 
     Example:
         >>> jacobian = curvopt.param_jacobian(lambda: model(x), model.parameters())
-        >>> jacobian[model.weight].shape  # [N, *out, *model.weight.shape]
+        >>> jacobian[model[0].weight].shape  # [N, *out, *weight.shape]
+        torch.Size([8, 3, 5, 4])
     """
     result, shape = _columns_of_outputs(function, params, SqrtGGNExact(), max_columns, create_graph)
     return {
@@ -80,7 +81,8 @@ def empirical_ntk(
         CurvoptError: as for `param_jacobian`.
 
     Example:
-        >>> kernel = curvopt.empirical_ntk(lambda: model(x), model.parameters())
+        >>> curvopt.empirical_ntk(lambda: model(x), model.parameters()).shape
+        torch.Size([8, 3, 8, 3])
 
     References:
         Jacot et al., Neural tangent kernel: convergence and generalization in neural networks
@@ -138,6 +140,7 @@ def batch_jacobian(
 
     Example:
         >>> curvopt.batch_jacobian(model, x).shape  # [N, *out, *in]
+        torch.Size([8, 3, 4])
     """
     y, x = _forward(f, x, check)
     return _jacobian(y, x, create_graph, max_columns)
@@ -158,6 +161,7 @@ def batch_hessian(
 
     Example:
         >>> curvopt.batch_hessian(model, x).shape  # [N, *out, *in, *in]
+        torch.Size([8, 3, 4, 4])
     """
     y, x = _forward(f, x, check)
     jacobian = _jacobian(y, x, True, max_columns)
@@ -179,7 +183,9 @@ def batch_hessian_diag(
     of `batch_jacobian`.
 
     Example:
-        >>> laplacian = curvopt.batch_hessian_diag(u, x, create_graph=True).sum(-1)
+        >>> laplacian = curvopt.batch_hessian_diag(model, x, create_graph=True).sum(-1)
+        >>> laplacian.shape
+        torch.Size([8, 3])
     """
     y, x = _forward(f, x, check)
     outputs, inputs = y[:1].numel(), x[:1].numel()

@@ -34,7 +34,11 @@ def hessian_vector_product(
         CurvoptError: the loss is no scalar, or v does not fit the parameters.
 
     Example:
-        >>> Hv = curvopt.hessian_vector_product(loss, params, [torch.randn_like(p) for p in params])
+        >>> params = list(model.parameters())
+        >>> loss, v = loss_fn(model(x), y), [torch.randn_like(p) for p in params]
+        >>> Hv = curvopt.hessian_vector_product(loss, params, v)
+        >>> [tuple(part.shape) for part in Hv]
+        [(5, 4), (5,), (3, 5), (3,)]
 
     References:
         Pearlmutter, Fast exact multiplication by the Hessian (Neural Computation 1994).
@@ -74,8 +78,11 @@ def ggn_vector_product(
         CurvoptError: the loss is no scalar, or v does not fit the parameters.
 
     Example:
-        >>> outputs = model(x)
+        >>> params, outputs = list(model.parameters()), model(x)
+        >>> v = [torch.randn_like(p) for p in params]
         >>> Gv = curvopt.ggn_vector_product(loss_fn(outputs, y), outputs, params, v)
+        >>> [tuple(part.shape) for part in Gv]
+        [(5, 4), (5,), (3, 5), (3,)]
 
     References:
         Schraudolph, Fast curvature matrix-vector products (Neural Computation 2002).

@@ -129,6 +129,15 @@ def verify(
 
     Example:
         >>> print(curvopt.verify(model, torch.nn.functional.cross_entropy, x[:4], y[:4]))
+        quantity      parameter  shape   relative error
+        BatchGrad     0.weight   [5, 4]  ...             ok
+        BatchGrad     0.bias     [5]     ...             ok
+        BatchGrad     2.weight   [3, 5]  ...             ok
+        BatchGrad     2.bias     [3]     ...             ok
+        DiagGGNExact  0.weight   [5, 4]  ...             ok
+        DiagGGNExact  0.bias     [5]     ...             ok
+        DiagGGNExact  2.weight   [3, 5]  ...             ok
+        DiagGGNExact  2.bias     [3]     ...             ok
     """
     if double:
         loss_fn = copy.deepcopy(loss_fn).double() if isinstance(loss_fn, nn.Module) else loss_fn

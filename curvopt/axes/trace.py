@@ -68,9 +68,11 @@ class Trace(TorchDispatchMode):
         unsupported: why the trace is not to be trusted, or None.
 
     Example:
+        >>> from curvopt.axes.trace import Trace
         >>> with Trace() as trace:
         ...     loss = loss_fn(model(x), y)
-        >>> trace.producer(trace.ref(loss))
+        >>> trace.ops[trace.producer(trace.ref(loss))].name
+        'nll_loss_forward'
 
     Raises:
         CurvoptError: for tensors that are sparse, nested or otherwise not strided.

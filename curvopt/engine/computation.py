@@ -55,8 +55,9 @@ class Computation(Reduction):
             quantities: what to compute.
             free: free the graph as the last pass goes over it.
         """
+        names = self.tape.names
         if all(isinstance(quantity, Gradient) for quantity in quantities):
-            return {q.field: Values(q.field, self.gradient()) for q in quantities}
+            return {q.field: Values(q.field, self.gradient(), names) for q in quantities}
         values: dict[str, Any] = {}
         with (
             self.tape.trace.paused(),
@@ -69,8 +70,8 @@ class Computation(Reduction):
             for index, (one, asked) in enumerate(passes.items()):
                 last = free and index == len(passes) - 1
                 for quantity, result in self._run_pass(one, asked, last).items():
-                    whole = not isinstance(result, dict)
-                    values[quantity.field] = result if whole else Values(quantity.field, result)
+                    whole, field = not isinstance(result, dict), quantity.field
+                    values[field] = result if whole else Values(field, result, names)
         return values
 
     def gradient(self) -> dict[Tensor, Tensor]:
@@ -126,7 +127,7 @@ class Computation(Reduction):
             context = Context(self.samples, 1.0, 1.0, True, self.tape.name, totals)
             for quantity in quantities:
                 result = quantity.finish(quantity.reduce_all(structures, context))
-                values[quantity.field] = Values(quantity.field, result)
+                values[quantity.field] = Values(quantity.field, result, self.tape.names)
 
     @property
     def reached(self) -> list[Call]:

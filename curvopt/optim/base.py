@@ -206,12 +206,14 @@ class EngineOptimizer(Joined):
         `transformers.Trainer` owns both passes, and records them as shown.
 
         Example:
+            >>> opt = curvopt.DiagGGNOptimizer(model.parameters())
             >>> opt.zero_grad()
             >>> with opt.record():
             ...     loss = loss_fn(model(x), y)
             ...     loss.backward()
             >>> opt.step()
 
+            >>> import transformers
             >>> class Recorded(transformers.Trainer):
             ...     def training_step(self, *args, **kwargs):
             ...         with getattr(self.optimizer, "optimizer", self.optimizer).record():

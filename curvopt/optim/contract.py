@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable
 from copy import deepcopy
 from typing import Any, ClassVar
 
 import torch
 from torch import Generator, Tensor
+
+from curvopt.optim.stats import Stats
 
 
 class Contract(torch.optim.Optimizer):
@@ -99,6 +102,53 @@ class Contract(torch.optim.Optimizer):
             for key in self.defaults.keys() - {"differentiable"}:  # which torch adds
                 group.setdefault(key, self.defaults[key])
 
+    # -- what can be seen -------------------------------------------------------------------------
+
+    def stats(self, *, per_tensor: bool = True) -> dict[str, float]:
+        """Numbers to log, at any time: a flat dict of floats, for TensorBoard, W&B, ``log_dict``.
+
+        They are computed when asked for, from the state as it is, with one read from the device
+        for all tensors: nothing is spent in `step`. What is not known (yet) is left out; the
+        first entries, ``steps`` and ``lr`` (``lr/0``, ``lr/1``, ... of several groups), always
+        are. The rest is listed with each optimizer.
+
+        Args:
+            per_tensor: also each tensor's own numbers, ``"key/name"`` beside ``"key"``, where the
+                name is that of `named_parameters()`, or ``parameter_0`` and so on.
+
+        Example:
+            >>> model = torch.nn.Linear(4, 3)
+            >>> opt = curvopt.DiagGGNOptimizer(model.named_parameters())
+            >>> x, y = torch.randn(8, 4), torch.randint(3, (8,))
+            >>> loss = opt.step(lambda: torch.nn.functional.cross_entropy(model(x), y))
+            >>> opt.stats(per_tensor=False).keys()
+            dict_keys(['steps', 'lr', 'rate', 'signal', 'step_rms', 'curvature'])
+        """
+        wrapped = vars(self).get("_optimizer")  # Lightning's
+        if wrapped is not None:
+            return wrapped.stats(per_tensor=per_tensor)
+        rates = {
+            f"lr/{k}" if len(self.param_groups) > 1 else "lr": float(group["lr"])
+            for k, group in enumerate(self.param_groups)
+        }
+        named = self._named() if per_tensor else []
+        names = {p: name.replace(" ", "_") for name, p in named}
+        return {"steps": float(getattr(self, "steps", 0)), **rates} | self._stats().flat(names)
+
+    def _stats(self) -> Stats:
+        """What this optimizer adds to `stats`."""
+        return Stats()
+
+    def __repr__(self) -> str:
+        """As in torch, and the settings that all groups share."""
+        own = {name: self._setting(name) for name in _arguments(type(self)) - self.defaults.keys()}
+        lines = "".join(f"    {name}: {value}\n" for name, value in sorted(own.items()))
+        return f"{super().__repr__()[:-1]}All groups\n{lines})"
+
+    def _setting(self, name: str) -> Any:
+        """What an argument of the constructor was, or is by now."""
+        return getattr(self, name)
+
     def _parameters(self) -> Iterable[Tensor]:
         return (p for group in self.param_groups for p in group["params"])
 
@@ -116,3 +166,15 @@ class Contract(torch.optim.Optimizer):
         """The parameter's name and shape, for messages."""
         name = next(name for name, p in self._named() if p is parameter)
         return f"{name} {list(parameter.shape)}"
+
+
+def _arguments(cls: type) -> set[str]:
+    """Names of the constructor's arguments, with those that ``**`` passes on to its base class."""
+    names: set[str] = set()
+    for base in cls.__mro__:
+        signature = inspect.signature(base.__init__).parameters  # type: ignore[misc]
+        more = [p.name for p in signature.values() if p.kind is p.VAR_KEYWORD]
+        names |= signature.keys() - set(more)
+        if not more:
+            break
+    return names - {"self", "params", "defaults"}

@@ -9,6 +9,7 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import Generator, Tensor
 
+from curvopt.optim import stats
 from curvopt.optim.base import EngineOptimizer
 from curvopt.optim.state import held
 from curvopt.parallel.shards import is_sharded, like, local, over_shards
@@ -101,6 +102,12 @@ class DiagGGNOptimizer(EngineOptimizer):
         >>> loss = opt.step(lambda: torch.nn.functional.cross_entropy(model(x), y))
 
     Note:
+        `stats` tells, as means over elements: ``rate``, lr gamma; ``signal``,
+        :math:`(r - \rho) / (1 - \rho)`, 1 where the last gradients all agree, 0 where they are
+        noise and at the first step, negative where they turn back (not without momentum or
+        adaptation); ``step_rms``, the root mean square of the step at the rates as they are,
+        without weight decay; ``curvature``, of :math:`\hat h`.
+
         Measured with the defaults on MNIST, batches of 128, medians of three seeds: after two
         epochs an MLP 784-1000-500-100-10 has 97.9 % of the test images right (Adam 97.2 %, SGD with
         momentum 97.1 %); logistic regression reaches 88.6 % in 63 steps (357, 105).
@@ -183,6 +190,9 @@ class DiagGGNOptimizer(EngineOptimizer):
         if self.estimator == "exact":
             return [DiagGGNExact()]
         return [DiagGGNMC(self.samples, generator=self._own_draws(self.generator))]
+
+    def _stats(self) -> stats.Stats:
+        return stats.diag_ggn(self.param_groups, self.state)
 
     def _join(self) -> None:
         """The loss of all processes is the mean of theirs, and so is its curvature."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -83,6 +84,25 @@ class Noise:
     inner_product_test: float | None
     orthogonality_test: float | None
     cabs: float
+
+    @classmethod
+    def of(cls, samples: int, averages: dict[str, Tensor]) -> Noise:
+        """What averages of numerators and denominators say."""
+        a = {name: value.item() for name, value in averages.items()}
+
+        def ratio(top: str, bottom: str) -> float:
+            return a[top] / a[bottom] if a[bottom] > 0 else math.inf
+
+        return cls(
+            batch_size=samples,
+            trace=a["trace"] / a["weight"],
+            signal=a["signal"] / a["weight"],
+            scale=ratio("trace", "signal"),
+            norm_test=ratio("variance", "gradient"),
+            inner_product_test=ratio("along", "tested squared") if "along" in a else None,
+            orthogonality_test=ratio("across", "tested") if "across" in a else None,
+            cabs=ratio("cabs", "loss"),
+        )
 
 
 @dataclass

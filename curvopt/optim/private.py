@@ -14,9 +14,10 @@ from torch.utils.data import DataLoader
 
 from curvopt.engine.computation import Computation
 from curvopt.errors import CurvoptError
-from curvopt.optim.base import Closure, EngineOptimizer, wrapped_by
+from curvopt.optim.base import Closure, wrapped_by
 from curvopt.optim.clip import Clip, Clipping, check_norm
 from curvopt.optim.joined import Backward
+from curvopt.optim.private_stats import PrivateStats
 from curvopt.optim.private_tape import PrivateTape, detached
 from curvopt.optim.sizes import check_sizes
 from curvopt.privacy.accounting import PrivacyLedger
@@ -34,7 +35,7 @@ from curvopt.recording.tape import Tape
 Sampler = SamplerKind | DataLoader | PoissonBatchSampler
 
 
-class PrivateOptimizer(EngineOptimizer):
+class PrivateOptimizer(PrivateStats):
     """What private optimizers share: `p.grad` is a noisy sum of clipped gradients, and accounted.
 
     A subclass says in `_move` how parameters move. The arguments are those of `DPSGD`.
@@ -328,13 +329,6 @@ class PrivateOptimizer(EngineOptimizer):
     ) -> PrivacyReport:
         """All that makes the epsilon mean something; see `curvopt.privacy.PrivacyLedger.report`."""
         return self.ledger.report(delta, accountant, unit)
-
-    @property
-    def clip_fraction(self) -> float:
-        """Share of the last logical batch's samples that were longer than C. Not private."""
-        if self.norms is None or not len(self.norms):
-            return 0.0
-        return float((self.norms > self._clip.max_norm).double().mean())
 
     # -- state ------------------------------------------------------------------------------------
 

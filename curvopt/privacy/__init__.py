@@ -2,7 +2,8 @@
 
 A private run draws its batches with :class:`PoissonBatchSampler`, finds its noise multiplier with
 :func:`calibrate_noise`, trains with :class:`curvopt.DPSGD` and prints the ledger's report.
-Accounting needs ``dp-accounting`` (``pip install 'curvopt[privacy]'``), nothing else here does.
+Accounting needs ``dp-accounting`` (``pip install 'curvopt-for-pytorch[privacy]'``), nothing else
+here does.
 """
 
 from curvopt.privacy.accounting import PrivacyLedger, calibrate_noise

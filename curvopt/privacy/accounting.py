@@ -47,6 +47,7 @@ class PrivacyLedger:
         num_samples: N.
 
     Example:
+        >>> from curvopt.privacy import PrivacyLedger
         >>> ledger = PrivacyLedger(num_samples=60_000)
         >>> ledger.log(noise_multiplier=1.1, sample_rate=0.004, steps=15_000)
         >>> round(ledger.epsilon(delta=1e-5), 3)
@@ -265,6 +266,7 @@ def calibrate_noise(
         ImportError: ``dp-accounting`` is not installed.
 
     Example:
+        >>> from curvopt.privacy import calibrate_noise
         >>> round(calibrate_noise(target_epsilon=3.0, delta=1e-5, sample_rate=0.01, steps=2000), 2)
         0.93
     """

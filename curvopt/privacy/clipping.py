@@ -45,6 +45,7 @@ class QuantileClipping:
         CurvoptError: An argument is out of range.
 
     Example:
+        >>> from curvopt.privacy import QuantileClipping
         >>> clipping = QuantileClipping(0.1, expected_batch_size=256)
         >>> round(clipping.gradient_noise_multiplier(1.0), 4)  # added to the gradient for sigma = 1
         1.0008

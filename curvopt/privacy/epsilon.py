@@ -20,7 +20,8 @@ def accounting() -> Any:
         import dp_accounting
     except ImportError as error:
         raise ImportError(
-            "Privacy accounting needs dp-accounting: pip install 'curvopt[privacy]'"
+            "Privacy accounting needs dp-accounting: pip install dp-accounting, "
+            "or 'curvopt-for-pytorch[privacy]'"
         ) from error
     return dp_accounting
 

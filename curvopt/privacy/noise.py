@@ -70,6 +70,7 @@ def gaussian_noise(
         CurvoptError: ``std`` is negative or not finite.
 
     Example:
+        >>> from curvopt.privacy import gaussian_noise
         >>> gaussian_noise(torch.zeros(2, 3), std=0.5).shape
         torch.Size([2, 3])
 
@@ -126,6 +127,7 @@ class GaussianNoise:
         secure: See :func:`gaussian_noise`.
 
     Example:
+        >>> from curvopt.privacy import GaussianNoise
         >>> noise = GaussianNoise(torch.Generator().manual_seed(0))
         >>> saved = noise.state_dict()
         >>> first = noise(torch.zeros(4), std=1.0)

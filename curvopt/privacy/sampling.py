@@ -58,6 +58,8 @@ class PoissonBatchSampler(Sampler[list[int]]):
         iterator of the restored sampler's loader then goes on with exactly the next batch.
 
     Example:
+        >>> from torch.utils.data import DataLoader
+        >>> from curvopt.privacy import EmptyBatchCollate, PoissonBatchSampler
         >>> data = torch.utils.data.TensorDataset(torch.randn(1000, 3))
         >>> sampler = PoissonBatchSampler(data, expected_batch_size=50)
         >>> loader = DataLoader(data, batch_sampler=sampler, collate_fn=EmptyBatchCollate(data))
@@ -257,6 +259,7 @@ class EmptyBatchCollate:
         collate_fn: What collates the other batches. Default: torch's.
 
     Example:
+        >>> from curvopt.privacy import EmptyBatchCollate
         >>> data = torch.utils.data.TensorDataset(torch.randn(10, 3), torch.arange(10))
         >>> [tuple(part.shape) for part in EmptyBatchCollate(data)([])]
         [(0, 3), (0,)]
@@ -290,6 +293,7 @@ def micro_batches(batch: Any, max_physical_batch_size: int) -> Iterator[Any]:
         CurvoptError: A size below 1, or a batch without a tensor.
 
     Example:
+        >>> from curvopt.privacy import micro_batches
         >>> [len(part) for part in micro_batches(torch.zeros(10, 3), 4)]
         [4, 4, 2]
 

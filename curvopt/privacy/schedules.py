@@ -27,6 +27,7 @@ class LinearSchedule:
     """From ``start`` to ``end`` in ``steps`` steps along a line, then ``end``.
 
     Example:
+        >>> from curvopt.privacy import LinearSchedule
         >>> LinearSchedule(2.0, 1.0, steps=10)(5)
         1.5
     """
@@ -62,6 +63,7 @@ class ExponentialSchedule:
     """``start * decay ** k`` after ``k`` times ``every`` steps.
 
     Example:
+        >>> from curvopt.privacy import ExponentialSchedule
         >>> ExponentialSchedule(2.0, decay=0.5, every=100)(250)
         0.5
     """
@@ -87,6 +89,7 @@ class PiecewiseSchedule:
         pieces: First step of a piece -> its constant or schedule; one must start at 0.
 
     Example:
+        >>> from curvopt.privacy import LinearSchedule, PiecewiseSchedule
         >>> PiecewiseSchedule({0: 1.5, 100: LinearSchedule(1.5, 0.7, steps=200)})(200)
         1.1
     """

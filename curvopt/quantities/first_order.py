@@ -34,8 +34,10 @@ class BatchGrad(Quantity):
     loss's reduction, class weights and ignored targets.
 
     Example:
+        >>> closure = lambda: torch.nn.functional.cross_entropy(model(x), y)
         >>> result = curvopt.compute(closure, model.parameters(), curvopt.BatchGrad())
-        >>> result.batch_grad[p]  # [N, *p.shape]
+        >>> result.batch_grad[p].shape == (len(x), *p.shape)
+        True
     """
 
     field = "batch_grad"

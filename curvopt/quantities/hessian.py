@@ -23,7 +23,9 @@ class DiagHessian(Quantity):
     Works for any loss that can be differentiated twice, convex or not.
 
     Example:
-        >>> curvopt.compute(closure, model.parameters(), curvopt.DiagHessian()).diag_h[p]
+        >>> closure = lambda: torch.nn.functional.cross_entropy(model(x), y)
+        >>> curvopt.compute(closure, model.named_parameters(), curvopt.DiagHessian()).diag_h
+        diag_h(0.weight: [5, 4], 0.bias: [5], 2.weight: [3, 5], 2.bias: [3])
     """
 
     field = "diag_h"

@@ -44,8 +44,11 @@ class KFLR(Quantity):
         CurvoptError: a large parameter is used in a way that has no Kronecker factors.
 
     Example:
+        >>> closure = lambda: torch.nn.functional.cross_entropy(model(x), y)
         >>> result = curvopt.compute(closure, model.parameters(), curvopt.KFLR())
-        >>> B, A = result.kflr[model.weight]
+        >>> B, A = result.kflr[model[0].weight]
+        >>> B.shape, A.shape
+        (torch.Size([5, 5]), torch.Size([4, 4]))
 
     References:
         Martens and Grosse, Optimizing neural networks with Kronecker-factored approximate

@@ -231,7 +231,7 @@ for ask in (
     try:
         ask()
     except ImportError as error:
-        assert "pip install 'curvopt[privacy]'" in str(error)
+        assert "pip install dp-accounting, or 'curvopt-for-pytorch[privacy]'" in str(error)
     else:
         raise AssertionError
 """

@@ -1,0 +1,128 @@
+"""What an optimizer can say about its last step, as numbers to log."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class Stats:
+    """Numbers to log: of all parameters together, and of each tensor.
+
+    Attributes:
+        overall: by name.
+        tensors: by name, and by parameter.
+    """
+
+    overall: dict[str, float] = field(default_factory=dict)
+    tensors: dict[str, dict[Tensor, float]] = field(default_factory=dict)
+
+    def mean(self, key: str, values: dict[Tensor, float]) -> None:
+        """Add a number of each tensor, and its mean over all elements."""
+        if values:
+            total = sum(p.numel() for p in values)
+            self.tensors[key] = values
+            self.overall[key] = sum(p.numel() * value for p, value in values.items()) / total
+
+    def root_mean_square(self, key: str, values: dict[Tensor, float]) -> None:
+        """Add a root mean square of each tensor, and that of all elements."""
+        if values:
+            self.mean(key, {p: value**2 for p, value in values.items()})
+            self.tensors[key], self.overall[key] = values, math.sqrt(self.overall[key])
+
+    def flat(self, names: dict[Tensor, str]) -> dict[str, float]:
+        """One dict: ``key``, and ``key/name`` for the parameters that have a name here."""
+        parts = {
+            f"{key}/{names[p]}": value
+            for key, values in self.tensors.items()
+            for p, value in values.items()
+            if p in names
+        }
+        return {key: float(value) for key, value in (self.overall | parts).items()}
+
+
+def fetched(rows: Iterable[list[Tensor]]) -> list[list[float]]:
+    """Rows of numbers, fetched from their device at once."""
+    kept = [torch.stack([wide(x) for x in row]) for row in rows]
+    if not kept:
+        return []
+    return torch.stack([row.to(kept[0].device) for row in kept]).tolist()
+
+
+def wide(x: Tensor) -> Tensor:
+    """In double precision, where a device has it: no square overflows."""
+    return x.float() if x.device.type == "mps" else x.double()
+
+
+def length(x: Tensor) -> Tensor:
+    """The norm."""
+    return torch.linalg.vector_norm(wide(x))
+
+
+def diag_ggn(groups: list[dict[str, Any]], states: Any) -> Stats:
+    """What `DiagGGNOptimizer` logs, from its state."""
+    moved = [(p, g, states[p]) for g in groups for p in g["params"] if states.get(p)]
+    rows = [
+        [
+            length(s["momentum_buffer"]),
+            length(wide(s["momentum_buffer"]) * wide(s["inverse"])),
+            wide(s["curvature"]).mean(),
+        ]
+        for _, _, s in moved
+    ]
+    rate: dict[Tensor, float] = {}
+    signal, step, curvature = dict(rate), dict(rate), dict(rate)
+    for (p, group, state), (mean, newton, h) in zip(moved, fetched(rows), strict=True):
+        mu, t = group["momentum"], state["step"]
+        corrected = 1 / (1 - mu**t)
+        rate[p] = float(group["lr"]) * math.exp(state.get("log_rate", 0.0))
+        step[p] = rate[p] * min(newton * corrected / p.numel() ** 0.5, group["max_step"])
+        curvature[p] = h / state["weight"]
+        if mu and state.get("energy_weight"):
+            noise = (1 - mu) * (1 + mu**t) / ((1 + mu) * (1 - mu**t))
+            energy = state["energy"] / state["energy_weight"]
+            r = min(1.0, (mean * corrected) ** 2 / energy) if energy > 0 else 1.0
+            signal[p] = (r - noise) / (1 - noise) if t > 1 else 0.0
+    stats = Stats()
+    stats.mean("rate", rate)
+    stats.mean("signal", signal)
+    stats.root_mean_square("step_rms", step)
+    stats.mean("curvature", curvature)
+    return stats
+
+
+def variance_adaptive(groups: list[dict[str, Any]], states: Any, noise: Any = None) -> Stats:
+    """What `VarianceAdaptiveSGD` logs, from its state and its `noise`."""
+    moved = [(p, g, states[p]) for g in groups for p in g["params"] if states.get(p)]
+    rows = []
+    for _, group, state in moved:
+        b, s = wide(state["momentum_buffer"]), wide(state["variance"])
+        squares, spread = b * b, state["spread"] * s
+        factor = squares / (squares + spread)
+        if group["debiased"]:
+            factor = torch.where(squares > 0, (1 - spread / squares).clamp(min=0), 0)
+        rows.append([length(b), length(factor * b), s.mean()])
+    numbers = fetched(rows)
+    stats = Stats()
+    if noise is not None:
+        fields = {f"noise/{key}": value for key, value in asdict(noise).items()}
+        stats.overall.update({key: value for key, value in fields.items() if value is not None})
+    if not moved:
+        return stats
+    gain: dict[Tensor, float] = {}
+    step, variance = dict(gain), dict(gain)
+    for (p, group, _), (full, gained, mean) in zip(moved, numbers, strict=True):
+        gain[p] = gained / full if full else 1.0
+        step[p] = float(group["lr"]) * gained / p.numel() ** 0.5
+        variance[p] = mean
+    full, gained = (math.hypot(*column) for column in list(zip(*numbers, strict=True))[:2])
+    stats.tensors["gain"], stats.overall["gain"] = gain, gained / full if full else 1.0
+    stats.root_mean_square("step_rms", step)
+    stats.mean("variance", variance)
+    return stats
