@@ -66,6 +66,7 @@ class Result:
     block_ggn: Values
     block_hessian: Values
     ggn_quadratic: Tensor
+    structures: Values
 
     def __init__(self, loss: Tensor, gradient: Callable[[], dict[Tensor, Tensor]]):
         self.loss, self._gradient = loss, gradient
