@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from curvopt.errors import CurvoptError
 from curvopt.optim.polar_factor import by_factors, polar, polar_of_rows
 from curvopt.optim.rate import adapt
 from curvopt.optim.state import held
+from curvopt.privacy.ranks import Ranks
 from curvopt.structures import Outer, Structure
 
 # Numbers of a gradient's random projection, along each axis, that the rate is led by.
@@ -68,6 +69,57 @@ def rows_of(structure: Structure) -> Rows | None:
     return Rows(number, (right, left) if structure.transposed else (left, right))
 
 
+def gathered(
+    rows: dict[Tensor, Rows | None], params: Sequence[Tensor], ranks: Ranks
+) -> dict[Tensor, Rows | None]:
+    """The rows of all processes, one after the other, of those matrices that they are still few of.
+
+    The gradient is the mean of the processes'; a common factor is nothing to the rows.
+
+    Args:
+        rows: of this process.
+        params: all parameters, in an order that is the same everywhere.
+        ranks: the processes.
+    """
+    place, count = ranks.place
+    own = [rows.get(p) for p in params]
+    table = torch.zeros(2, count, len(params), device=params[0].device)
+    for index, part in enumerate(own):
+        if part is not None:
+            table[0, place, index] = part.number
+            table[1, place, index] = part.factors is not None
+    (table,) = ranks.sums([table])
+    numbers, usable = table[0].T.long().tolist(), table[1].all(0).tolist()
+    result: dict[Tensor, Rows | None] = {}
+    for p, part, sizes, use in zip(params, own, numbers, usable, strict=True):
+        total = sum(sizes)
+        if part is None or part.factors is None or not (use and by_factors(total, *sides(p))):
+            result[p] = Rows(total, None) if all(sizes) else None
+            continue
+        begin = sum(sizes[:place])
+        whole = [side.new_zeros(total, side.shape[1]) for side in part.factors]
+        for side, factor in zip(whole, part.factors, strict=True):
+            side[begin : begin + sizes[place]] = factor
+        left, right = ranks.sums(whole)
+        result[p] = Rows(total, (left, right))
+    return result
+
+
+def whole(p: Tensor, name: Callable[[Tensor], str]) -> None:
+    """Refuse gradients that are no matrix in memory."""
+    if hasattr(p, "full_tensor"):
+        raise CurvoptError(
+            f"{name(p)} is sharded over processes, and a polar factor is that of the whole matrix: "
+            "PolarOptimizer needs parameters that every process has as a whole "
+            "(DistributedDataParallel)"
+        )
+    if p.grad is not None and p.grad.layout is not torch.strided:
+        raise CurvoptError(
+            f"the gradient of {name(p)} is sparse, and has no polar factor: build the embedding "
+            "with sparse=False"
+        )
+
+
 class Matrix:
     """What one step does to a matrix, or to a vector as one of a single column.
 
@@ -81,6 +133,9 @@ class Matrix:
     Attributes:
         signal: the random projection of the gradient.
         factor: of the momentum, in the step.
+        left: and `right`, ``[O, n]`` and ``[n, I]``: the polar factor's own factors.
+        u: or the polar factor.
+        failed: the rows had no Cholesky factor.
     """
 
     def __init__(
@@ -96,25 +151,17 @@ class Matrix:
         if not m.is_contiguous():  # as somebody made it
             m = state["momentum_buffer"] = m.contiguous()
         self.m = m.view(self.shape)
-        if p.grad.layout is not torch.strided:
-            raise CurvoptError(
-                f"the gradient of {name(p)} is sparse, and a polar factor is that of a matrix: "
-                "build the embedding with sparse=False"
-            )
-        if hasattr(p, "full_tensor"):
-            raise CurvoptError(
-                f"{name(p)} is distributed over processes, and the polar factor is that of the "
-                "whole matrix: PolarOptimizer works with replicated parameters alone"
-            )
+        assert p.grad is not None
         self.grad = p.grad.reshape(self.shape).to(m.dtype)
         if rows is not None:
             state["rows"] = rows.number
-        self.left = self.right = self.u = None
+        self.left = self.right = self.u = cast(Tensor | None, None)
+        self.failed = False
         try:
             if rows is None or rows.factors is None or not self._by(*rows.factors, eps):
                 self.u = polar(self.grad, eps)
                 self.signal = self._projected()
-        except torch.linalg.LinAlgError as error:
+        except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]  # public, untyped
             raise CurvoptError(f"the gradient of {name(p)} is not finite") from error
 
     def _by(self, left: Tensor, right: Tensor, eps: float) -> bool:
@@ -128,6 +175,7 @@ class Matrix:
             return False
         found = polar_of_rows(left, right, eps)
         if found is None:
+            self.failed = True
             return False
         self.left, self.right = found[0].mT, found[1]
         po, pi = self._projections()
@@ -181,6 +229,7 @@ class MatrixPlan:
         lr = float(group["lr"])
         self.weight, self.shrink = 1 - group["momentum"], 1 - lr * group["weight_decay"]
         self.moves = [Matrix(*matrix, group["eps"], name) for matrix in matrices]
+        self.failed = sum(move.failed for move in self.moves)
         if self.moves:
             self._lead(group, lr, name)
 
@@ -214,9 +263,9 @@ class MatrixPlan:
     def carry_out(self, states: Any) -> None:
         """Change parameters and states, in place and without memory: nothing that could fail."""
         for move in self.moves:
-            if move.u is None:
+            if move.left is not None and move.right is not None:
                 move.m.addmm_(move.left, move.right, beta=1 - self.weight, alpha=self.weight)
-            else:
+            elif move.u is not None:
                 move.m.lerp_(move.u, self.weight)
             if move.state["step"] % CLEAN == 0:  # denormal numbers are slow
                 info = torch.finfo(move.m.dtype)

@@ -31,7 +31,7 @@ class Structures(Quantity):
     field = "structures"
     own = True
 
-    def reduce_all(  # noqa: D102 (as in the base class)
+    def reduce_all(
         self, structures: dict[Tensor, Structure], context: Context
     ) -> dict[Tensor, Any]:
         return dict(structures)
