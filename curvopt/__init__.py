@@ -11,7 +11,7 @@ from curvopt.jacobians import (
     param_jacobian,
 )
 from curvopt.ops.registry import register_rule
-from curvopt.optim import DPSGD, DiagGGNOptimizer, DPAdam, VarianceAdaptiveSGD
+from curvopt.optim import DPSGD, DiagGGNOptimizer, DPAdam, PolarOptimizer, VarianceAdaptiveSGD
 from curvopt.products import ggn_vector_product, hessian_vector_product
 from curvopt.quantities import (
     KFAC,
@@ -36,6 +36,7 @@ from curvopt.quantities import (
     Quantity,
     SqrtGGNExact,
     SqrtGGNMC,
+    Structures,
     SumGradSquared,
     Variance,
 )
@@ -67,11 +68,13 @@ __all__ = [
     "GGNQuadratic",
     "GradGram",
     "Gradient",
+    "PolarOptimizer",
     "Quantity",
     "Result",
     "SlowPathWarning",
     "SqrtGGNExact",
     "SqrtGGNMC",
+    "Structures",
     "SumGradSquared",
     "Variance",
     "VarianceAdaptiveSGD",

@@ -28,7 +28,7 @@ from curvopt.losses.generic import Closure
 from curvopt.quantities.base import Context, Cotangent, Pass, Quantity
 from curvopt.quantities.first_order import Gradient
 from curvopt.recording.uses import Call, Use
-from curvopt.structures import Dense, total
+from curvopt.structures import Dense, Structure, total
 
 
 class Computation(Reduction):
@@ -128,6 +128,17 @@ class Computation(Reduction):
             for quantity in quantities:
                 result = quantity.finish(quantity.reduce_all(structures, context))
                 values[quantity.field] = Values(quantity.field, result, self.tape.names)
+
+    def outline(self) -> dict[Tensor, Structure]:
+        """Structures of zero cotangents: their kinds and sizes, before any backward pass."""
+        with self.tape.trace.paused(), torch.no_grad():
+            self.prepare()
+            zeros = []
+            for use in self.uses:
+                value = next(iter(use.values.values())).tensor
+                zeros.append(value.new_zeros(()).expand(1, *use.shape))
+            parts = self._structures(self.uses, zeros)
+        return {p: total(found) for p, found in parts.items()}
 
     @property
     def reached(self) -> list[Call]:

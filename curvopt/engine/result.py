@@ -105,6 +105,7 @@ class Result:
     block_ggn: Values
     block_hessian: Values
     ggn_quadratic: Tensor
+    structures: Values
 
     def __init__(
         self,

@@ -11,12 +11,10 @@ from torch import Generator, Tensor
 
 from curvopt.optim import stats
 from curvopt.optim.base import EngineOptimizer
+from curvopt.optim.rate import adapt
 from curvopt.optim.state import held
 from curvopt.parallel.shards import is_sharded, like, local, over_shards
 from curvopt.quantities import DiagGGNExact, DiagGGNMC, Quantity
-
-# Logarithm of the largest rate: on a plane, or in a long warm-up, gradients agree for ever.
-LARGEST = math.log(100)
 
 # Elements of a block: 256 KiB of float32.
 BLOCK = 1 << 16
@@ -330,7 +328,7 @@ class Plan:
             length = length**0.5 * correction
             factor = lr * correction
             if adapts:
-                _adapt(state, group, gradient, mean * correction**2)
+                adapt(state, group, gradient, mean * correction**2)
             factor *= math.exp(state.get("log_rate", 0.0))
             bound = group["max_step"] * p.numel() ** 0.5
             if length > bound:
@@ -388,19 +386,3 @@ def _squares(m: Tensor, grad: Tensor, inverse: Tensor, weight: float) -> Tensor:
         known = _square(mean), _square(grad)
         squares += [_square(mean.mul_(inverse)), *known]
     return torch.stack(squares).view(-1, 3).sum(0)
-
-
-def _adapt(state: dict[str, Any], group: dict[str, Any], gradient: float, mean: float) -> None:
-    """Adapt the rate to the share of signal, given the squares of g and of its corrected mean."""
-    mu, t = group["momentum"], state["step"]
-    if not math.isfinite(gradient):  # it would stay in the average for ever
-        return
-    # Its own weight: adaptation may have been off for a while.
-    state["energy"] = mu * state.get("energy", 0.0) + (1 - mu) * gradient
-    state["energy_weight"] = mu * state.get("energy_weight", 0.0) + 1 - mu
-    energy = state["energy"] / state["energy_weight"]
-    noise = (1 - mu) * (1 + mu**t) / ((1 + mu) * (1 - mu**t))
-    if energy > 0 and noise < 1 and group["lr"] > 0:  # what stands still agrees
-        signal = min(1.0, mean / energy)
-        grown = group["adaptation"] * (signal - noise) / (1 - noise)
-        state["log_rate"] = min(state.get("log_rate", 0.0) + grown, LARGEST)

@@ -20,6 +20,7 @@ from curvopt.quantities.ggn import (
 from curvopt.quantities.hessian import BatchDiagHessian, BlockHessian, DiagHessian, DiagHessianMC
 from curvopt.quantities.kronecker import KFAC, KFLR
 from curvopt.quantities.products import BlockGGN, EmpiricalFisher, GGNGram, GGNQuadratic, GradGram
+from curvopt.quantities.raw import Structures
 
 __all__ = [
     "KFAC",
@@ -44,6 +45,7 @@ __all__ = [
     "Quantity",
     "SqrtGGNExact",
     "SqrtGGNMC",
+    "Structures",
     "SumGradSquared",
     "Variance",
 ]

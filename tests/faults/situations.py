@@ -376,9 +376,10 @@ OPTIMIZERS = {  # with measured and plain steps among the first five
     "diag_ggn": partial(curvopt.DiagGGNOptimizer, curvature_every=2),
     "diag_ggn-exact": partial(curvopt.DiagGGNOptimizer, curvature_every=2, estimator="exact"),
     "variance_adaptive": partial(curvopt.VarianceAdaptiveSGD, variance_every=2),
+    "polar": curvopt.PolarOptimizer,
 }
 STEPS = 5
-every_optimizer = pytest.mark.parametrize("optimizer", ["diag_ggn", "variance_adaptive"])
+every_optimizer = pytest.mark.parametrize("optimizer", ["diag_ggn", "variance_adaptive", "polar"])
 every_estimator = pytest.mark.parametrize("optimizer", OPTIMIZERS)
 
 

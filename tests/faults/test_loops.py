@@ -42,6 +42,7 @@ PRIVATE = {"noise_multiplier": 0.0, "max_grad_norm": CLIP, "expected_batch_size"
 ALL = {
     "diag_ggn": curvopt.DiagGGNOptimizer,
     "variance_adaptive": curvopt.VarianceAdaptiveSGD,
+    "polar": curvopt.PolarOptimizer,
     "dp_sgd": lambda params, lr=0.1: curvopt.DPSGD(params, lr, **PRIVATE),
     "dp_adam": lambda params, lr=0.1: curvopt.DPAdam(params, lr, **PRIVATE),
 }

@@ -29,6 +29,7 @@ ROWS = {
     "variance_adaptive-foreach": partial(
         curvopt.VarianceAdaptiveSGD, variance_every=3, foreach=True, debiased=True
     ),
+    "polar": partial(curvopt.PolarOptimizer, weight_decay=0.1),
     "dp_sgd": dp_sgd,
     "dp_sgd-momentum": partial(dp_sgd, momentum=0.9),
     "dp_sgd-nesterov": partial(dp_sgd, momentum=0.9, nesterov=True, maximize=True),
@@ -39,6 +40,7 @@ STATE = {  # a tensor of each parameter's state
     "diag_ggn": "curvature",
     "variance_adaptive": "variance",
     "variance_adaptive-foreach": "momentum_buffer",
+    "polar": "momentum_buffer",
     "dp_sgd-momentum": "momentum_buffer",
     "dp_sgd-nesterov": "momentum_buffer",
     "dp_sgd-quantile": "momentum_buffer",

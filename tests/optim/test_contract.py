@@ -27,6 +27,7 @@ ROWS = {
     "variance_adaptive-every-step": partial(
         curvopt.VarianceAdaptiveSGD, variance_every=1, debiased=True
     ),
+    "polar": curvopt.PolarOptimizer,
     "dp_sgd": partial(curvopt.DPSGD, lr=0.1, momentum=0.9, **private),
     "dp_adam": partial(curvopt.DPAdam, lr=0.01, **private),
 }

@@ -13,6 +13,7 @@ import curvopt
 OPTIMIZERS = {
     "diag_ggn": curvopt.DiagGGNOptimizer,
     "variance_adaptive": curvopt.VarianceAdaptiveSGD,
+    "polar": curvopt.PolarOptimizer,
 }
 every = pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS)
 

@@ -1,0 +1,302 @@
+"""Steps along the polar factor of the batch's gradient, at a rate that finds itself."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, cast
+
+import torch
+from torch import Generator, Tensor
+
+from curvopt.engine.computation import Computation
+from curvopt.optim.base import Backward, EngineOptimizer
+from curvopt.optim.diag_ggn import Move, Plan
+from curvopt.optim.polar_factor import by_factors
+from curvopt.optim.polar_step import MatrixPlan, Rows, gathered, rows_of, sides, whole
+from curvopt.quantities import DiagGGNMC, Quantity
+from curvopt.quantities.base import Context
+from curvopt.quantities.raw import Structures
+from curvopt.recording.tape import Tape
+from curvopt.structures import Conv, Lookup, Outer, Own, Permuted, Pulled, Shift, Structure, Total
+
+# Steps from one look at the number of rows to the next, while no matrix is stepped by its factors.
+LOOK = 64
+
+
+class PolarOptimizer(EngineOptimizer):
+    r"""Steps along the polar factor of the batch's gradient, at a rate that finds itself.
+
+    With the gradient G of a matrix ``[O, I]``, :math:`s_1` its largest singular value:
+
+    .. math::
+        u &= G \, (G^T G + \epsilon^2 s_1^2)^{-1/2}, \qquad
+        m \leftarrow \mu m + (1 - \mu) u \\
+        \gamma &\leftarrow \gamma \exp \Bigl(\kappa
+            \Bigl(\frac{r - \rho}{1 - \rho} - \tau\Bigr)\Bigr), \qquad
+        r = \|\hat s\|^2 / \hat e \\
+        \theta &\leftarrow \theta - \mathrm{lr} \,
+            (\gamma \sqrt{\max(O, I)} \, \hat m + \lambda \theta)
+
+    where the hats are bias corrections, s and e are averages of S and :math:`\|S\|^2`, S a fixed
+    random projection of G to 24 x 24 numbers, :math:`\rho` is r under noise alone, and gamma, one
+    for each matrix, starts at 1 and is 100 at most. Why each part is there:
+
+    * u has the directions of G, each at the same length but for the smallest. Where a few
+      directions dominate the gradient (autoencoders, deep or badly scaled networks), SGD and all
+      methods that scale elements make progress along them alone.
+    * **It is the factor of the batch, not of the momentum** (Muon's). The gradient of a layer is
+      :math:`L^T R`, with as many rows in L (cotangents) and R (inputs) as the batch has, and the
+      engine holds both. So a factor takes work of the size of the batch where a layer is wide;
+      momentum has full rank. Otherwise it is had from the smaller Gram matrix. Both ways give the
+      same numbers: which is taken is a matter of cost, and a product of the rows that is not what
+      ``p.grad`` holds (a penalty in the loss, a clipped element) is not used.
+    * :math:`\|\hat m\| \le 1`, so lr times :math:`\sqrt{\max(O, I)}` bounds the spectral norm of
+      a step at gamma = 1, and lr about its root mean square. m shrinks by itself where batches
+      disagree.
+    * The rate finds itself as `DiagGGNOptimizer`'s does. It grows more slowly, and shrinks where
+      agreement is slight: all directions of a step are long.
+
+    Convolutions are matrices ``[O, C k k]``; vectors (biases, scales of norms) matrices of one
+    column, whose factor is the normalized gradient. Tables (embeddings, tied or not, and
+    parameters that are added or act by groups) take the steps of `DiagGGNOptimizer`, bounded to
+    root mean square lr gamma; the curvature is measured for them alone, and only if there are any.
+
+    When not to use it: where a step is a matter of microseconds; with layers both wide and fed by
+    more rows (tokens) than they are wide, above some 500, whose factor costs as much as Muon's; on
+    one that is sharded over processes, which is refused. Layers that couple the samples, such as
+    batch norm in training mode, are refused, as the engine cannot look for the rows there.
+
+    Args:
+        params: parameters, (name, parameter) pairs, or parameter groups.
+        lr: about the root mean square of a step before the rate adapts. Default 3e-3; a schedule
+            multiplies the adapted rate.
+        momentum: :math:`\mu`. Default 0.9. Without momentum the rate does not adapt.
+        eps: :math:`\epsilon`, the damping in units of the largest singular value: directions below
+            it are noise. Default 1e-3; 3e-2 is much worse on an autoencoder.
+        adaptation: :math:`\kappa`, how fast the rate adapts. Default 0.1; 0 keeps it as it is.
+        margin: :math:`\tau`, the agreement of gradients below which the rate shrinks. Default 0.05.
+        weight_decay: :math:`\lambda`, decoupled as in AdamW. Default 0.
+        damping: of tables, as in `DiagGGNOptimizer`. Default 0.1.
+        curvature_decay: of tables. Default 0.95.
+        curvature_every: of tables: steps from one measurement of the curvature to the next.
+            Default 10.
+        generator: source of the measurement's signs; torch's global one by default.
+        maximize: ascend instead of descend.
+        batch_size: number of samples, where the data flow leaves two readings; checked against it.
+        reduction: ``"mean"`` or ``"sum"``: what a sample's own loss is where a sum is scaled by
+            something that may be a count: N times its part of the loss, or its part.
+
+    Attributes:
+        failed: how often the rows of a batch had no Cholesky factor, so that the Gram matrix of the
+            gradient was taken.
+
+    Raises:
+        ValueError: a setting is out of range.
+        CurvoptError: in `step`: a gradient is not finite, sparse, or sharded; the rows cannot be
+            found; parameters, gradients and state are as before.
+
+    Example:
+        >>> model = torch.nn.Linear(4, 3)
+        >>> opt = curvopt.PolarOptimizer(model.parameters())
+        >>> x, y = torch.randn(8, 4), torch.randint(3, (8,))
+        >>> loss = opt.step(lambda: torch.nn.functional.cross_entropy(model(x), y))
+
+    Note:
+        State is one number per parameter, and three for tables. Several backward passes before a
+        step are one batch, and so are the batches of several processes: the factor is that of the
+        gradient that DistributedDataParallel has averaged. The rows of all processes are gathered,
+        n (O + I) numbers, where they are still few.
+
+    References:
+        Jordan et al. 2024, "Muon", https://kellerjordan.github.io/posts/muon; Bernstein and
+        Newhouse 2024, "Old optimizer, new norm", arXiv 2409.20325; Lau et al. 2025, "PolarGrad",
+        arXiv 2505.21799 (whose polar-first variant also averages factors). Departures: the factor
+        is damped, and had in the space of the samples; the step is scaled by
+        :math:`\sqrt{\max(O, I)}` in place of the nuclear norm; the rate finds itself.
+    """
+
+    saved: ClassVar[tuple[str, ...]] = ("steps", "waiting", "failed")
+    #: A parameter takes part whose kind, or curvature, is not known.
+    waiting = True
+    failed = 0
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor = 3e-3,
+        momentum: float = 0.9,
+        *,
+        eps: float = 1e-3,
+        adaptation: float = 0.1,
+        margin: float = 0.05,
+        weight_decay: float = 0.0,
+        damping: float = 0.1,
+        curvature_decay: float = 0.95,
+        curvature_every: int = 10,
+        generator: Generator | None = None,
+        maximize: bool = False,
+        batch_size: int | None = None,
+        reduction: str | None = None,
+    ):
+        if curvature_every < 1:
+            raise ValueError(f"Invalid curvature_every: {curvature_every}")
+        defaults = dict(
+            lr=lr, momentum=momentum, eps=eps, adaptation=adaptation, margin=margin,
+            weight_decay=weight_decay, damping=damping, curvature_decay=curvature_decay,
+            maximize=maximize,
+        )  # fmt: skip
+        super().__init__(
+            params, defaults, batch_size=batch_size, reduction=reduction, generator=generator
+        )
+        self.curvature_every = curvature_every
+
+    def _validate(self, group: dict[str, Any]) -> None:
+        super()._validate(group)
+        for key in ("momentum", "curvature_decay"):
+            if not 0 <= group[key] < 1:
+                raise ValueError(f"Invalid {key}: {group[key]}")
+        if not 0 < group["eps"] < 1:
+            raise ValueError(f"Invalid eps: {group['eps']}")
+        for key in ("damping", "adaptation"):
+            if not 0 <= group[key] < float("inf"):
+                raise ValueError(f"Invalid {key}: {group[key]}")
+        if not -1 <= group["margin"] <= 1:
+            raise ValueError(f"Invalid margin: {group['margin']}")
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:  # noqa: D102 (as in torch)
+        super().add_param_group(param_group)
+        self.waiting = True
+
+    # -- what a step measures ---------------------------------------------------------------------
+
+    def _looks(self) -> bool:
+        """Whether all parameters are recorded, to see what they are and how many rows there are."""
+        return self.waiting or self.steps % LOOK == 0
+
+    def _measured(self) -> tuple[list[Tensor], list[Tensor]]:
+        """Tables whose curvature is due, and matrices that are stepped by their rows."""
+        steps, every = self.steps, self.curvature_every
+        due = steps % every == 0 or (steps < every and steps & (steps - 1) == 0)
+        tables, factored = [], []
+        for p, state in self.state.items():
+            if not p.requires_grad:
+                continue
+            if "curvature" in state:
+                if due:
+                    tables.append(p)
+            elif "rows" in state and by_factors(state["rows"], *sides(p)):
+                factored.append(p)
+        return tables, factored
+
+    def _wanted(self) -> list[Quantity]:
+        if self._looks():
+            return [Structures()]
+        tables, factored = self._measured()
+        wanted: list[Quantity] = [Diagonal(generator=self.generator)] if tables else []
+        return [*wanted, Structures()] if factored else wanted
+
+    def _tape(self) -> Tape:
+        """Records the parameters of which something is wanted: the others cost nothing."""
+        if self._looks():
+            return super()._tape()
+        wanted = {id(p) for part in self._measured() for p in part}
+        named = [(name, p) for name, p in self._named() if id(p) in wanted]
+        return Tape(named, batch_size=self.batch_size)
+
+    def _accumulate(
+        self, computation: Computation, quantities: list[Quantity], backward: Backward
+    ) -> None:
+        values: dict[str, Any] = {}
+        sketches = [quantity for quantity in quantities if isinstance(quantity, Diagonal)]
+        if self._looks():
+            kinds = {p: is_table(p, s) for p, s in computation.outline().items()}
+            values["tables"] = dict.fromkeys(computation.tape.params, False) | kinds
+            if any(kinds.values()):
+                sketches = [Diagonal(generator=self.generator)]
+        if sketches:
+            values.update(computation.run(sketches))
+        if isinstance(quantities[-1], Structures):
+            with computation.watching(quantities[-1:], values):
+                backward(computation.derives)
+            structures = values.pop(Structures.field)
+            values["rows"] = {p: rows_of(s) for p, s in structures.items() if p.ndim == 2}
+        else:
+            backward()
+        self.collected.append(values)
+
+    def _join(self) -> None:
+        """Curvature is the mean of the processes', rows are put one after the other."""
+        params, count = [*self._parameters()], self._ranks.place[1]
+        for values in self.collected:
+            if Diagonal.field in values:
+                own = values[Diagonal.field]
+                means = self._ranks.sums([*own.values()])
+                values[Diagonal.field] = {
+                    p: mean.div_(count) for p, mean in zip(own, means, strict=True)
+                }
+            if "rows" in values:
+                values["rows"] = gathered(values["rows"], params, self._ranks)
+
+    # -- the step ---------------------------------------------------------------------------------
+
+    def _update(self) -> None:
+        waiting, plans = False, cast(list[Plan | MatrixPlan], [])
+        for group in self.param_groups:
+            tables, matrices = [], []
+            for p in group["params"]:
+                if p.grad is None or not p.numel():
+                    continue
+                whole(p, self._name)
+                state = dict(self.state[p]) if p in self.state else self._begun(p)
+                if not state:
+                    waiting = True  # it takes part for the first time: looked at next
+                elif "curvature" in state:
+                    tables.append(
+                        Move(p, p.grad, state, self._found(p, Diagonal.field), self._name)
+                    )
+                else:
+                    passes = [values.get("rows", {}).get(p) for values in self.collected]
+                    matrices.append((p, state, Rows.joined(passes)))
+            plans.append(Plan(tables, {**group, "max_step": 1.0}))
+            plans.append(MatrixPlan(matrices, group, self._name))
+        self.waiting = waiting
+        for plan in plans:  # nothing has changed so far
+            plan.carry_out(self.state)
+            self.failed += plan.failed if isinstance(plan, MatrixPlan) else 0
+
+    def _found(self, p: Tensor, field: str) -> list[Any]:
+        """What each pass found of a parameter."""
+        return [values[field][p] for values in self.collected if p in values.get(field, ())]
+
+    def _begun(self, p: Tensor) -> dict[str, Any]:
+        """The state of a parameter that takes its first step; {} as long as its kind is unknown."""
+        curvature, tables = self._found(p, Diagonal.field), self._found(p, "tables")
+        # Contiguous, so that it is a matrix without being copied.
+        dtype = torch.promote_types(p.dtype, torch.float32)
+        m = torch.zeros(p.shape, dtype=dtype, device=p.device)
+        if curvature:
+            return {"step": 0, "weight": 0.0, "momentum_buffer": m, "curvature": m.clone()}
+        if p.ndim < 2 or (tables and not any(tables)):
+            return {"step": 0, "momentum_buffer": m}
+        return {}
+
+
+class Diagonal(DiagGGNMC):
+    """A sketch of the GGN's diagonal, of the parameters that are no matrices."""
+
+    def reduce_all(  # noqa: D102 (as in the base class)
+        self, structures: dict[Tensor, Structure], context: Context
+    ) -> dict[Tensor, Any]:
+        return {p: self.reduce(s, context) for p, s in structures.items() if is_table(p, s)}
+
+
+def is_table(p: Tensor, structure: Structure) -> bool:
+    """Whether a parameter of two axes or more is a table, not a matrix that acts on inputs."""
+    if p.ndim < 2:
+        return False
+    if isinstance(structure, (Pulled, Permuted)):
+        return is_table(p, structure.inner)
+    if isinstance(structure, Total):
+        return any(is_table(p, part) for part in structure.parts)
+    if isinstance(structure, (Outer, Conv)):
+        return structure.groups > 1
+    return isinstance(structure, (Lookup, Shift, Own))

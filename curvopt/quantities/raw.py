@@ -1,0 +1,37 @@
+"""The structures themselves, for directions and quantities of one's own."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from curvopt.quantities.base import Context, Quantity
+from curvopt.structures import Structure
+
+
+class Structures(Quantity):
+    """The per-sample gradients as the engine holds them, not formed: a `Structure` per parameter.
+
+    Its rows are those of `BatchGrad`: ``structures[p].form()[0]`` is ``batch_grad[p]``. What more
+    it knows is in its class: an `Outer` is made of the factors ``left`` and ``right``, a `Conv` of
+    cotangent and input, a `Lookup` of values and indices. `Structure` has all reductions that the
+    package's quantities are made of, and a quantity of one's own is a few lines of them; the
+    classes are in `curvopt.structures`.
+
+    Structures hold parts of the graph's memory, and those of derived values (weight norm) need the
+    graph: use them while the loss is alive.
+
+    Example:
+        >>> result = curvopt.compute(closure, model.parameters(), curvopt.Structures())
+        >>> outer = result.structures[weight]  # of a linear layer on [N, I]
+        >>> outer.left.shape, outer.right.shape  # ([1, N, 1, 1, O], [N, 1, 1, I])
+    """
+
+    field = "structures"
+    own = True
+
+    def reduce_all(
+        self, structures: dict[Tensor, Structure], context: Context
+    ) -> dict[Tensor, Any]:
+        return dict(structures)
