@@ -56,6 +56,9 @@ class Joined(Contract):
         self._wrappers = Wrappers(self.goes_backward)
         self._agreed = self._met = self._told = False
 
+    def _setting(self, name: str) -> Any:
+        return self._ranks.group if name == "process_group" else super()._setting(name)
+
     def _join(self) -> None:
         """Combine `collected` over the processes `_ranks`, in place of it."""
         raise NotImplementedError

@@ -8,8 +8,9 @@ import torch
 from torch import Generator, Tensor
 
 from curvopt.engine.computation import Computation
-from curvopt.optim.base import Backward, EngineOptimizer
+from curvopt.optim.base import EngineOptimizer
 from curvopt.optim.diag_ggn import Move, Plan
+from curvopt.optim.joined import Backward
 from curvopt.optim.polar_factor import by_factors
 from curvopt.optim.polar_step import MatrixPlan, Rows, gathered, rows_of, sides, whole
 from curvopt.quantities import DiagGGNMC, Quantity

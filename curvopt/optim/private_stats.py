@@ -11,7 +11,6 @@ from curvopt.optim.stats import Stats
 from curvopt.privacy.accounting import PrivacyLedger
 from curvopt.privacy.epsilon import Accountant
 from curvopt.privacy.noise import GaussianNoise
-from curvopt.parallel.groups import Ranks
 
 
 class PrivateStats(EngineOptimizer):
@@ -22,7 +21,6 @@ class PrivateStats(EngineOptimizer):
     nonfinite_samples: int
     expected_batch_size: float
     _noise: GaussianNoise
-    _ranks: Ranks
     _sigma: float
     _std: float
     _clip: Any
@@ -96,6 +94,5 @@ class PrivateStats(EngineOptimizer):
             "generator": self._noise._source,
             "secure_noise": self._noise.secure,
             "num_samples": self.ledger.num_samples,
-            "process_group": self._ranks.group,
         }
         return elsewhere[name] if name in elsewhere else super()._setting(name)

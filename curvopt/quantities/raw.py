@@ -23,9 +23,12 @@ class Structures(Quantity):
     graph: use them while the loss is alive.
 
     Example:
-        >>> result = curvopt.compute(closure, model.parameters(), curvopt.Structures())
-        >>> outer = result.structures[weight]  # of a linear layer on [N, I]
-        >>> outer.left.shape, outer.right.shape  # ([1, N, 1, 1, O], [N, 1, 1, I])
+        >>> layer, x = torch.nn.Linear(4, 3), torch.randn(8, 4)
+        >>> closure = lambda: layer(x).square().sum(1).mean()
+        >>> result = curvopt.compute(closure, layer.parameters(), curvopt.Structures())
+        >>> outer = result.structures[layer.weight]
+        >>> outer.left.shape, outer.right.shape  # [V, N, G, T, O] and [N, G, T, I]
+        (torch.Size([1, 8, 1, 1, 3]), torch.Size([8, 1, 1, 4]))
     """
 
     field = "structures"
