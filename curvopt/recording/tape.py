@@ -82,6 +82,7 @@ class Tape(Modules, Losses, TorchFunctionMode):
         self.record, self.trace = Record(), Trace()
         self.shared = dict(self._tracked)
         self.log_softmaxes = {}
+        self.given = set()
         self.spent: set[Any] = set()
 
     def consume(self, calls: Iterable[Call]) -> None:
