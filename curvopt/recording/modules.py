@@ -21,10 +21,12 @@ class Modules(Calls):
     Attributes:
         opaque: a module that a rule covers while its forward pass runs, and what is known of it.
         on_module: called with each module before its forward pass, and the recording.
+        given: storages of what modules were called with: data, also where a buffer holds it.
     """
 
     opaque: list[Any]
     on_module: Callable[..., Any] | None
+    given: set[int]
 
     def _note_module(self, module: nn.Module, args: Any) -> None:
         """Buffers (masks, positions) are the same for all samples; packed batches are sorted."""
@@ -32,10 +34,13 @@ class Modules(Calls):
             self.on_module(module, self)
         if isinstance(module, nn.RNNBase):
             remember_order(module, args)
+        self.given.update(map(_storage, tensors_in(args)))
         # The layers of a scripted module do not call hooks.
         scripted = isinstance(module, torch.jit.ScriptModule)
         for buffer in module.buffers() if scripted else module._buffers.values():
             if buffer is None or buffer.requires_grad or id(buffer) in self.shared:
+                continue
+            if _storage(buffer) in self.given:  # the batch, kept in a buffer by its module
                 continue
             self._share(buffer, frozenset(), False)
             self.record.silent.append(buffer)
@@ -71,3 +76,11 @@ class Modules(Calls):
             call = self._append(type(module).__name__, rule, arguments, values, output, nodes, args)
         call.kept += [(value, value._version) for value in tensors_in(args)]
         return None
+
+
+def _storage(tensor: Tensor) -> int:
+    """Equal for tensors that share memory; of a tensor without strides, its own number."""
+    try:
+        return tensor.untyped_storage()._cdata
+    except (RuntimeError, NotImplementedError):
+        return id(tensor)

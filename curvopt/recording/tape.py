@@ -86,6 +86,7 @@ class Tape(Modules, Losses, TorchFunctionMode):
         self.record, self.trace = Record(), Trace()
         self.shared = dict(self._tracked)
         self.log_softmaxes = {}
+        self.given = set()
         self.spent: set[Any] = set()
 
     def exchange(self, before: Tensor, after: Tensor) -> None:

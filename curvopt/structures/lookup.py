@@ -71,9 +71,9 @@ class Lookup(Structure):
         values = self.values.sum(0) if self.columns > 1 else self.values[0]
         if weights is not None:
             values = values * weights.view(-1, 1, 1)
-        return self.scatter(values)
+        return self.by_row(values)
 
-    def scatter(self, values: Tensor) -> Tensor:
+    def by_row(self, values: Tensor) -> Tensor:
         """Add up values ``[N, M, D]`` of the lookups, by table row: ``[*shape]``."""
         return scatter(values.flatten(0, 1), self.indices.flatten(), self.shape[0]).view(self.shape)
 
@@ -120,7 +120,7 @@ class Lookup(Structure):
         return (self.values * looked_up).sum((-2, -1))
 
     def weighted(self, weights: Tensor) -> Tensor:
-        return self.scatter(torch.einsum("vn,vnmd->nmd", weights, self.values))
+        return self.by_row(torch.einsum("vn,vnmd->nmd", weights, self.values))
 
     def kronecker(
         self, *, reduce: bool = False, bias: bool = False, inputs: bool = True

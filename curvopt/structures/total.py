@@ -98,7 +98,7 @@ class Tied(Total):
 
     def sum_of_squares(self) -> Tensor:
         squares = self.lookup.sum_of_squares() + self.matrix.sum_of_squares()
-        return (squares + 2 * self.lookup.scatter(self.meeting().sum(0))).clamp(min=0)
+        return (squares + 2 * self.lookup.by_row(self.meeting().sum(0))).clamp(min=0)
 
     def batch_sum_of_squares(self) -> Tensor:
         squares = self.lookup.batch_sum_of_squares() + self.matrix.batch_sum_of_squares()

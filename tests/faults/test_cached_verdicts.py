@@ -659,6 +659,28 @@ def frozen_by_flags():
     return in_front(extractor)
 
 
+class Context(nn.Module):
+    """Its mean over what lies in a buffer is taken from all samples."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(D, H), nn.Linear(H, C)
+        self.register_buffer("context", torch.zeros(1, D))
+
+    def forward(self, x):
+        return self.b(self.a(x).tanh() - self.a(self.context).tanh().mean(0))
+
+
+def kept_in_a_buffer(keep):
+    net = Context()
+
+    def loss(x, y):
+        net.context = keep(x)
+        return ce(20 * net(x), y)
+
+    return made(net.parameters(), loss, batch(outlier=50), coupled=True)
+
+
 def of_the_losses(reduce):
     net, data = network(), batch(outlier=50)
     return made(
@@ -696,6 +718,8 @@ UNSEEN.add("frozen-extractor", frozen_extractor)
 UNSEEN.add("scripted-frozen-extractor", frozen_extractor, script=True)
 UNSEEN.add("scripted-frozen-extractor-without-buffers", frozen_extractor, script=True, track=False)
 UNSEEN.add("frozen-extractor-by-flags", frozen_by_flags)
+UNSEEN.add("batch-in-a-buffer", kept_in_a_buffer, lambda x: x)
+UNSEEN.add("batch-in-a-buffer-as-a-view", kept_in_a_buffer, lambda x: x.detach()[:, :])
 UNSEEN.add("loss-by-itself", of_the_losses, lambda rows: rows.mean() / rows.mean().detach())
 UNSEEN.add("hardest-losses", of_the_losses, lambda rows: rows.topk(4).values.mean())
 UNSEEN.add("largest-loss", of_the_losses, lambda rows: rows.max())
