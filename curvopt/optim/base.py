@@ -221,7 +221,8 @@ class EngineOptimizer(Joined):
         """
         if (wrapped := wrapped_by(self)) is not None:
             return wrapped.record()
-        wanted, self._told = self._wanted(), False
+        wanted = self._wanted()
+        self._met = self._told = False
         if not wanted:
             return PlainBackward(self)
 
@@ -239,15 +240,17 @@ class EngineOptimizer(Joined):
                     "a recorded backward() takes no arguments; scale the loss instead of giving a "
                     "gradient, and go backward once over one forward pass"
                 )
-            computation = Computation(
-                tape,
-                loss,
-                self.reduction,
-                output=output,
-                finite=self.finite_loss,
-                declared=not self.goes_backward,
-                penalties=self.goes_backward,
-            )
+
+            def make() -> Computation:
+                return Computation(
+                    tape,
+                    loss,
+                    self.reduction,
+                    output=output,
+                    finite=self.finite_loss,
+                    declared=not self.goes_backward,
+                    penalties=self.goes_backward,
+                )
 
             def on(retain: bool = False) -> None:
                 self._keep_gradients()
@@ -255,7 +258,7 @@ class EngineOptimizer(Joined):
                     loss.backward(retain_graph=retain_graph or retain)
 
             with torch.no_grad():
-                self._measure(tape, computation, wanted, on)
+                computation = self._measure(tape, make, wanted, on)
             self._note(recorded=True)
             tape.consume(computation.reached)
 

@@ -81,8 +81,12 @@ class Joined(Contract):
         return [(name, self._wrappers.shards.of(p)) for name, p in self._named()]
 
     def _measure(
-        self, tape: Tape, computation: Computation, wanted: list[Quantity], backward: Backward
-    ) -> None:
+        self,
+        tape: Tape,
+        make: Callable[[], Computation],
+        wanted: list[Quantity],
+        backward: Backward,
+    ) -> Computation:
         """Take what a backward pass gives, wrappers asleep but for torch's own pass.
 
         Where this process fails, the others are in the wrapper's collectives, or wait for it to
@@ -99,6 +103,8 @@ class Joined(Contract):
                 backward(retain)
 
         try:
+            with torch.enable_grad():
+                computation = make()
             self._begin_pass()
             self._wrappers.settle(tape, self._ranks)
             if self._wrappers.shards and not self.takes_shards:
@@ -108,6 +114,7 @@ class Joined(Contract):
                 )
             with aside:
                 self._accumulate(computation, wanted, on)
+            return computation
         except Exception:
             if self._ranks.many:
                 if self.goes_backward and self._wrappers.wrapped and not went:
@@ -124,7 +131,8 @@ class Joined(Contract):
         """Say once that this process cannot take the step that the others are about to take."""
         if not (self._met or self._told):
             self._told = True
-            self._ranks.fail()
+            with suppress(RuntimeError):  # of torch's: the others are gone, which was the failure
+                self._ranks.fail()
 
     def _tell_of_step(self) -> None:
         """The same for a step that failed outside of a backward pass.
@@ -158,8 +166,9 @@ class Joined(Contract):
                 if combines:
                     settings["the parameters (sums of their bits)"] = fingerprint(params)
             shapes = 0 if self._agreed else token_of([list(p.shape) for p in params])
+            self._met = True  # whatever comes of it
             told = self._ranks.meet(settings, seen, shapes)
-            self._met = self._agreed = True
+            self._agreed = True
             if len({one[1] for one in told}) > 1:
                 raise CurvoptError(DIVIDED)
             if len({one[0] for one in told}) > 1:
