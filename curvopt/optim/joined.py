@@ -49,6 +49,8 @@ class Joined(Contract):
     goes_backward = True
     #: Parameters may be divided among the processes by `fully_shard`.
     takes_shards = False
+    #: Passes are joined one by one, so that all processes must have as many.
+    joins_passes = False
 
     def _among(self, process_group: Any) -> None:
         """Belong to the processes of a group."""
@@ -156,6 +158,8 @@ class Joined(Contract):
                 "steps taken": self.steps,
                 "whether they have measured": measured,
             }
+            if measured and self.joins_passes:
+                settings["backward passes in a step"] = len(self.collected)
             params = list(self._parameters())
             seen = 0
             if measured and not combines:

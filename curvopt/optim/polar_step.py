@@ -15,7 +15,7 @@ from curvopt.errors import CurvoptError
 from curvopt.optim.polar_factor import by_factors, polar, polar_of_rows
 from curvopt.optim.rate import adapt
 from curvopt.optim.state import held
-from curvopt.privacy.ranks import Ranks
+from curvopt.parallel.groups import Ranks
 from curvopt.structures import Outer, Structure
 
 # Numbers of a gradient's random projection, along each axis, that the rate is led by.

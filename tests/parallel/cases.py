@@ -19,6 +19,7 @@ OPTIMIZERS = {
     "ggn_exact": partial(curvopt.DiagGGNOptimizer, lr=0.05, estimator="exact", curvature_every=3),
     "ggn_sketch": partial(curvopt.DiagGGNOptimizer, lr=0.05, curvature_every=3),
     "variance_adaptive": partial(curvopt.VarianceAdaptiveSGD, lr=0.05, variance_every=3),
+    "polar": partial(curvopt.PolarOptimizer, lr=0.01),
     "dp_sgd": partial(curvopt.DPSGD, lr=0.1, momentum=0.9, **PRIVATE),
     "dp_adam": partial(curvopt.DPAdam, lr=0.01, **PRIVATE),
 }
@@ -100,7 +101,7 @@ def train(make, model, wrapped, rows=lambda *batch: batch, tokens=False, steps=S
 def compare(name, wrap, build=mlp, *, tokens=False, group=None, tolerance=1e-12, steps=STEPS):
     """Several processes, each with its part of the batch, take the steps of one with all of it."""
     signs = curvopt.losses.cross_entropy.random_signs
-    if name == "ggn_sketch":
+    if name in ("ggn_sketch", "polar"):
         curvopt.losses.cross_entropy.random_signs = shared_signs(signs)
     make = OPTIMIZERS[name]
     reference, model = build().double(), build().double()

@@ -4,6 +4,7 @@ from contextlib import nullcontext
 from functools import partial
 
 import pytest
+import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
