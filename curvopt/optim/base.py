@@ -15,6 +15,7 @@ from curvopt.engine.checks import check_loss
 from curvopt.engine.computation import Computation
 from curvopt.errors import SCALED, CurvoptError
 from curvopt.optim.joined import Backward, Joined
+from curvopt.parallel.shards import local
 from curvopt.quantities import Quantity
 from curvopt.recording.tape import Tape
 
@@ -273,7 +274,7 @@ class EngineOptimizer(Joined):
         if self._unchanged():
             return
         for p in self._parameters():
-            if p.grad is not None and p.grad.any():
+            if p.grad is not None and local(p.grad).any():
                 raise CurvoptError(
                     f"{self._name(p)} holds a gradient that was not recorded, so nothing is known "
                     "of its samples: call zero_grad() first, and run every backward pass of a "

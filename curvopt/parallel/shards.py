@@ -95,20 +95,18 @@ class Shards:
 
         What gathers is no part of the pass. The module's own call finds it done.
         """
-        with tape.trace.paused(), torch.no_grad():
+        with torch._C.DisableTorchFunction(), tape.trace.paused(), torch.no_grad():
             module.unshard()
-        known = self.modules.get(module, self)
-        self.modules[module] = None
-        if known is None:
-            return
-        for param in params_of(module):
-            p, whole = param.sharded_param, param.unsharded_param
-            if p not in tape.by_id.values():
-                continue
-            if is_sharded(whole):
-                raise CurvoptError(tensor_parallel(tape.name(p)))
-            self.whole[p], self.shard[whole] = whole, p
-            tape.exchange(p, whole)
+            known = module in self.modules
+            self.modules[module] = None
+            for param in () if known else params_of(module):
+                p, whole = param.sharded_param, param.unsharded_param
+                if id(p) not in tape.by_id:
+                    continue
+                if is_sharded(whole):
+                    raise CurvoptError(tensor_parallel(tape.name(p)))
+                self.whole[p], self.shard[whole] = whole, p
+                tape.exchange(p, whole)
 
     def of(self, p: Tensor) -> Tensor:
         """What the forward pass sees of a parameter, as far as is known."""
