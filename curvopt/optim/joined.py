@@ -96,7 +96,7 @@ class Joined(Contract):
         """
         went = False
         grads = [(p, p.grad) for p in self._parameters()]
-        aside = self._wrappers.aside()
+        aside = self._wrappers.aside(tape)
 
         def on(retain: bool = False) -> None:
             nonlocal went
@@ -105,9 +105,6 @@ class Joined(Contract):
                 backward(retain)
 
         try:
-            with torch.enable_grad():
-                computation = make()
-            self._begin_pass()
             self._wrappers.settle(tape, self._ranks)
             if self._wrappers.shards and not self.takes_shards:
                 raise CurvoptError(
@@ -115,13 +112,21 @@ class Joined(Contract):
                     "DistributedDataParallel"
                 )
             with aside:
-                self._accumulate(computation, wanted, on)
+                try:
+                    with torch.enable_grad():
+                        computation = make()
+                    self._begin_pass()
+                    self._accumulate(computation, wanted, on)
+                except Exception:
+                    alone = not (self._ranks.many and self._wrappers.wrapped)
+                    if not (alone or went) and self.goes_backward:
+                        with suppress(Exception):
+                            on()
+                    raise
             return computation
         except Exception:
             if self._ranks.many:
-                if self.goes_backward and self._wrappers.wrapped and not went:
-                    with suppress(Exception):
-                        on()
+                if self.goes_backward:
                     for p, grad in grads:
                         p.grad = grad
                 self._tell()

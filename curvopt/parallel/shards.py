@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from curvopt.errors import CurvoptError
+from curvopt.parallel.reduce import fingerprint
 from curvopt.recording.tape import Tape
 
 
@@ -28,8 +29,14 @@ def local(tensor: Any) -> Any:
     """This process's part of a tensor, in the same memory; a tensor that is whole is its own."""
     if isinstance(tensor, Tensor) and is_sharded(tensor):
         shard: Any = tensor
-        return shard.to_local()
+        return shard._local_tensor
     return tensor
+
+
+def stamps(tensors: Sequence[Tensor]) -> list[int]:
+    """Numbers that change with the tensors: versions; of shards, which count none, sums of bits."""
+    divided = fingerprint(local(t) if is_sharded(t) else None for t in tensors)
+    return [t._version if bits is None else bits for t, bits in zip(tensors, divided, strict=True)]
 
 
 def like(part: Tensor, p: Any) -> Tensor:

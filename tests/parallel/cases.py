@@ -78,8 +78,9 @@ def weights(model):
     return [full(p).clone() for p in model.parameters()]
 
 
-def shared_signs(signs):
-    """The whole batch's signs on every process, of which each takes the rows of its own samples."""
+def share_signs():
+    """Draw the whole batch's signs on every process; each takes those of its own samples."""
+    signs = curvopt.losses.cross_entropy.random_signs
 
     def cut(like, shape, generator):
         columns, n, *rest = shape
@@ -87,7 +88,7 @@ def shared_signs(signs):
         whole = signs(like, (columns, N, *rest), generator)
         return whole if n == N else whole.chunk(N // n, 1)[dist.get_rank()]
 
-    return cut
+    curvopt.losses.cross_entropy.random_signs = cut
 
 
 def train(make, model, wrapped, rows=lambda *batch: batch, tokens=False, steps=STEPS):
@@ -100,9 +101,8 @@ def train(make, model, wrapped, rows=lambda *batch: batch, tokens=False, steps=S
 
 def compare(name, wrap, build=mlp, *, tokens=False, group=None, tolerance=1e-12, steps=STEPS):
     """Several processes, each with its part of the batch, take the steps of one with all of it."""
-    signs = curvopt.losses.cross_entropy.random_signs
     if name in ("ggn_sketch", "polar"):
-        curvopt.losses.cross_entropy.random_signs = shared_signs(signs)
+        share_signs()
     make = OPTIMIZERS[name]
     reference, model = build().double(), build().double()
     train(partial(make, process_group=alone()), reference, reference, tokens=tokens, steps=steps)
