@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Generator, Tensor
@@ -15,6 +15,7 @@ from curvopt.engine.checks import check_loss
 from curvopt.engine.computation import Computation
 from curvopt.errors import SCALED, CurvoptError
 from curvopt.optim.joined import Backward, Joined
+from curvopt.parallel.shards import local, stamps
 from curvopt.quantities import Quantity
 from curvopt.recording.tape import Tape
 
@@ -221,7 +222,8 @@ class EngineOptimizer(Joined):
         """
         if (wrapped := wrapped_by(self)) is not None:
             return wrapped.record()
-        wanted, self._told = self._wanted(), False
+        wanted = self._wanted()
+        self._met = self._told = False
         if not wanted:
             return PlainBackward(self)
 
@@ -239,15 +241,17 @@ class EngineOptimizer(Joined):
                     "a recorded backward() takes no arguments; scale the loss instead of giving a "
                     "gradient, and go backward once over one forward pass"
                 )
-            computation = Computation(
-                tape,
-                loss,
-                self.reduction,
-                output=output,
-                finite=self.finite_loss,
-                declared=not self.goes_backward,
-                penalties=self.goes_backward,
-            )
+
+            def make() -> Computation:
+                return Computation(
+                    tape,
+                    loss,
+                    self.reduction,
+                    output=output,
+                    finite=self.finite_loss,
+                    declared=not self.goes_backward,
+                    penalties=self.goes_backward,
+                )
 
             def on(retain: bool = False) -> None:
                 self._keep_gradients()
@@ -255,7 +259,7 @@ class EngineOptimizer(Joined):
                     loss.backward(retain_graph=retain_graph or retain)
 
             with torch.no_grad():
-                self._measure(tape, computation, wanted, on)
+                computation = self._measure(tape, make, wanted, on)
             self._note(recorded=True)
             tape.consume(computation.reached)
 
@@ -270,7 +274,7 @@ class EngineOptimizer(Joined):
         if self._unchanged():
             return
         for p in self._parameters():
-            if p.grad is not None and p.grad.any():
+            if p.grad is not None and local(p.grad).any():
                 raise CurvoptError(
                     f"{self._name(p)} holds a gradient that was not recorded, so nothing is known "
                     "of its samples: call zero_grad() first, and run every backward pass of a "
@@ -281,16 +285,21 @@ class EngineOptimizer(Joined):
     def _unchanged(self) -> bool:
         """Whether ``p.grad`` is as the last recorded pass or step left it."""
         grads = [(p, p.grad) for p in self._parameters() if p.grad is not None]
-        return len(grads) == len(self._left) and all(
-            p is q and grad is left and grad._version == version
-            for (p, grad), (q, left, version) in zip(grads, self._left, strict=True)
+        if len(grads) != len(self._left):
+            return False
+        return all(
+            p is q and grad is left and stamp == before
+            for (p, grad), (q, left, before), stamp in zip(
+                grads, self._left, stamps([grad for _, grad in grads]), strict=True
+            )
         )
 
     def _note(self, *, recorded: bool) -> None:
         """Remember ``p.grad`` as it is: what changes it from now on went unrecorded."""
         self._recorded = recorded
-        grads = ((p, p.grad) for p in self._parameters())
-        self._left = [(p, grad, grad._version) for p, grad in grads if grad is not None]
+        params = [p for p in self._parameters() if p.grad is not None]
+        grads = [cast(Tensor, p.grad) for p in params]
+        self._left = list(zip(params, grads, stamps(grads), strict=True))
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Reset the gradients, and what was recorded with them.

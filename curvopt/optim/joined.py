@@ -49,6 +49,8 @@ class Joined(Contract):
     goes_backward = True
     #: Parameters may be divided among the processes by `fully_shard`.
     takes_shards = False
+    #: Passes are joined one by one, so that all processes must have as many.
+    joins_passes = False
 
     def _among(self, process_group: Any) -> None:
         """Belong to the processes of a group."""
@@ -84,8 +86,12 @@ class Joined(Contract):
         return [(name, self._wrappers.shards.of(p)) for name, p in self._named()]
 
     def _measure(
-        self, tape: Tape, computation: Computation, wanted: list[Quantity], backward: Backward
-    ) -> None:
+        self,
+        tape: Tape,
+        make: Callable[[], Computation],
+        wanted: list[Quantity],
+        backward: Backward,
+    ) -> Computation:
         """Take what a backward pass gives, wrappers asleep but for torch's own pass.
 
         Where this process fails, the others are in the wrapper's collectives, or wait for it to
@@ -93,7 +99,7 @@ class Joined(Contract):
         """
         went = False
         grads = [(p, p.grad) for p in self._parameters()]
-        aside = self._wrappers.aside()
+        aside = self._wrappers.aside(tape)
 
         def on(retain: bool = False) -> None:
             nonlocal went
@@ -102,7 +108,6 @@ class Joined(Contract):
                 backward(retain)
 
         try:
-            self._begin_pass()
             self._wrappers.settle(tape, self._ranks)
             if self._wrappers.shards and not self.takes_shards:
                 raise CurvoptError(
@@ -110,12 +115,21 @@ class Joined(Contract):
                     "DistributedDataParallel"
                 )
             with aside:
-                self._accumulate(computation, wanted, on)
+                try:
+                    with torch.enable_grad():
+                        computation = make()
+                    self._begin_pass()
+                    self._accumulate(computation, wanted, on)
+                except Exception:
+                    alone = not (self._ranks.many and self._wrappers.wrapped)
+                    if not (alone or went) and self.goes_backward:
+                        with suppress(Exception):
+                            on()
+                    raise
+            return computation
         except Exception:
             if self._ranks.many:
-                if self.goes_backward and self._wrappers.wrapped and not went:
-                    with suppress(Exception):
-                        on()
+                if self.goes_backward:
                     for p, grad in grads:
                         p.grad = grad
                 self._tell()
@@ -127,7 +141,8 @@ class Joined(Contract):
         """Say once that this process cannot take the step that the others are about to take."""
         if not (self._met or self._told):
             self._told = True
-            self._ranks.fail()
+            with suppress(RuntimeError):  # of torch's: the others are gone, which was the failure
+                self._ranks.fail()
 
     def _tell_of_step(self) -> None:
         """The same for a step that failed outside of a backward pass.
@@ -151,6 +166,8 @@ class Joined(Contract):
                 "steps taken": self.steps,
                 "whether they have measured": measured,
             }
+            if measured and self.joins_passes:
+                settings["backward passes in a step"] = len(self.collected)
             params = list(self._parameters())
             seen = 0
             if measured and not combines:
@@ -161,8 +178,9 @@ class Joined(Contract):
                 if combines:
                     settings["the parameters (sums of their bits)"] = fingerprint(params)
             shapes = 0 if self._agreed else token_of([list(p.shape) for p in params])
+            self._met = True  # whatever comes of it
             told = self._ranks.meet(settings, seen, shapes)
-            self._met = self._agreed = True
+            self._agreed = True
             if len({one[1] for one in told}) > 1:
                 raise CurvoptError(DIVIDED)
             if len({one[0] for one in told}) > 1:

@@ -82,6 +82,8 @@ class PolarOptimizer(EngineOptimizer):
             Default 10.
         generator: source of the measurement's signs; torch's global one by default.
         maximize: ascend instead of descend.
+        process_group: the processes of a step, where nothing wraps the model: their gradients are
+            averaged in `step`. Default: those of ``DistributedDataParallel``.
         batch_size: number of samples, where the data flow leaves two readings; checked against it.
         reduction: ``"mean"`` or ``"sum"``: what a sample's own loss is where a sum is scaled by
             something that may be a count: N times its part of the loss, or its part.
@@ -135,6 +137,7 @@ class PolarOptimizer(EngineOptimizer):
         curvature_every: int = 10,
         generator: Generator | None = None,
         maximize: bool = False,
+        process_group: Any = None,
         batch_size: int | None = None,
         reduction: str | None = None,
     ):
@@ -146,7 +149,12 @@ class PolarOptimizer(EngineOptimizer):
             maximize=maximize,
         )  # fmt: skip
         super().__init__(
-            params, defaults, batch_size=batch_size, reduction=reduction, generator=generator
+            params,
+            defaults,
+            batch_size=batch_size,
+            reduction=reduction,
+            generator=generator,
+            process_group=process_group,
         )
         self.curvature_every = curvature_every
 
@@ -168,6 +176,8 @@ class PolarOptimizer(EngineOptimizer):
         self.waiting = True
 
     # -- what a step measures ---------------------------------------------------------------------
+
+    joins_passes = True
 
     def _looks(self) -> bool:
         """Whether all parameters are recorded, to see what they are and how many rows there are."""
@@ -192,7 +202,9 @@ class PolarOptimizer(EngineOptimizer):
         if self._looks():
             return [Structures()]
         tables, factored = self._measured()
-        wanted: list[Quantity] = [Diagonal(generator=self.generator)] if tables else []
+        wanted: list[Quantity] = (
+            [Diagonal(generator=self._own_draws(self.generator))] if tables else []
+        )
         return [*wanted, Structures()] if factored else wanted
 
     def _tape(self) -> Tape:
@@ -212,7 +224,7 @@ class PolarOptimizer(EngineOptimizer):
             kinds = {p: is_table(p, s) for p, s in computation.outline().items()}
             values["tables"] = dict.fromkeys(computation.tape.params, False) | kinds
             if any(kinds.values()):
-                sketches = [Diagonal(generator=self.generator)]
+                sketches = [Diagonal(generator=self._own_draws(self.generator))]
         if sketches:
             values.update(computation.run(sketches))
         if isinstance(quantities[-1], Structures):
@@ -228,12 +240,13 @@ class PolarOptimizer(EngineOptimizer):
         """Curvature is the mean of the processes', rows are put one after the other."""
         params, count = [*self._parameters()], self._ranks.place[1]
         for values in self.collected:
-            if Diagonal.field in values:
-                own = values[Diagonal.field]
-                means = self._ranks.sums([*own.values()])
-                values[Diagonal.field] = {
-                    p: mean.div_(count) for p, mean in zip(own, means, strict=True)
-                }
+            if "tables" in values:
+                mine = [index for index, p in enumerate(params) if values["tables"].get(p)]
+                tables = [params[index] for index in self._ranks.union(mine, len(params))]
+                values["tables"] |= dict.fromkeys(tables, True)
+            totals = self._sums(values.get(Diagonal.field, {}))
+            if totals:
+                values[Diagonal.field] = {p: total.div_(count) for p, total in totals.items()}
             if "rows" in values:
                 values["rows"] = gathered(values["rows"], params, self._ranks)
 

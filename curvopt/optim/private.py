@@ -17,9 +17,11 @@ from curvopt.errors import CurvoptError
 from curvopt.optim.base import Closure, wrapped_by
 from curvopt.optim.clip import Clip, Clipping, check_norm
 from curvopt.optim.joined import Backward
+from curvopt.optim.private_shards import privatized
 from curvopt.optim.private_stats import PrivateStats
 from curvopt.optim.private_tape import PrivateTape, detached
 from curvopt.optim.sizes import check_sizes
+from curvopt.parallel.shards import is_sharded
 from curvopt.privacy.accounting import PrivacyLedger
 from curvopt.privacy.checks import require
 from curvopt.privacy.clipping import QuantileClipping
@@ -53,6 +55,7 @@ class PrivateOptimizer(PrivateStats):
 
     saved = ("steps", "nonfinite_samples")
     restores_gradients = False  # they are the last step's, already used: the memory is better used
+    takes_shards = True
     goes_backward = False  # a gradient without noise must not exist on a parameter
     finite_loss = False  # one sample may make it infinite; its gradient is left out then
 
@@ -133,7 +136,7 @@ class PrivateOptimizer(PrivateStats):
         return super().record()
 
     def _tape(self) -> Tape:
-        return PrivateTape(self._named(), batch_size=self.batch_size)
+        return PrivateTape(self._tracked(), batch_size=self.batch_size)
 
     def _wanted(self) -> list[Quantity]:
         step = self.ledger.steps
@@ -258,7 +261,7 @@ class PrivateOptimizer(PrivateStats):
         }
         if not self._agreed:  # later steps are the same for all
             settings["the parameters' sum"] = sum(
-                float(p.double().sum()) for p in self._parameters()
+                float(p.double().sum()) for p in self._parameters() if not is_sharded(p)
             )
         told = self._ranks.meet(settings, len(norms))
         self._agreed = True
@@ -309,6 +312,10 @@ class PrivateOptimizer(PrivateStats):
     def _privatize(self, params: list[Tensor], sums: dict[Tensor, Tensor]) -> dict[Tensor, Tensor]:
         """``(sum + N(0, std^2)) / B``, rounded to the parameter's dtype at the end."""
         self._spent = True
+        if self._wrappers.shards:
+            owner, size = self._wrappers.shards.owner, self.expected_batch_size
+            whole = {owner(p): part for p, part in sums.items()}
+            return privatized(params, whole, self._ranks, self._noise, self._std, size)
         totals = [sums[p].contiguous() if p in sums else _zeros(p) for p in params]
         self._ranks.sum_on_first(totals)
         if self._std and self._ranks.first:
@@ -341,7 +348,7 @@ class PrivateOptimizer(PrivateStats):
         privacy = {
             "ledger": self.ledger.state_dict(),
             # Others than the first process draw none.
-            "noise": self._noise.state_dict() if self._ranks.first else None,
+            "noise": self._noise.state_dict() if self._ranks.first else self._noise.shared(),
             "clipping": clip.state_dict() if isinstance(clip, QuantileClipping) else {},
         }
         return super().state_dict() | {"privacy": privacy}

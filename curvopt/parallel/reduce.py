@@ -56,9 +56,10 @@ def fingerprint(tensors: Iterable[Tensor | None]) -> tuple[int | None, ...]:
     """
     given = list(tensors)
     words = [
-        t.detach().contiguous().view(_WHOLE[t.element_size()]).sum(dtype=torch.int64).cpu()
+        t.detach().contiguous().view(_WHOLE[t.element_size()]).sum(dtype=torch.int64)
         for t in given
         if t is not None
     ]
-    numbers = iter(torch.stack(words).tolist() if words else [])
+    # Fetched from their device at once.
+    numbers = iter(torch.stack([w.to(words[0].device) for w in words]).tolist() if words else [])
     return tuple(None if t is None else next(numbers) for t in given)

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from curvopt.errors import CurvoptError
+from curvopt.parallel.reduce import fingerprint
 from curvopt.recording.tape import Tape
 
 
@@ -28,8 +29,14 @@ def local(tensor: Any) -> Any:
     """This process's part of a tensor, in the same memory; a tensor that is whole is its own."""
     if isinstance(tensor, Tensor) and is_sharded(tensor):
         shard: Any = tensor
-        return shard.to_local()
+        return shard._local_tensor
     return tensor
+
+
+def stamps(tensors: Sequence[Tensor]) -> list[int]:
+    """Numbers that change with the tensors: versions; of shards, which count none, sums of bits."""
+    divided = fingerprint(local(t) if is_sharded(t) else None for t in tensors)
+    return [t._version if bits is None else bits for t, bits in zip(tensors, divided, strict=True)]
 
 
 def like(part: Tensor, p: Any) -> Tensor:
@@ -95,20 +102,18 @@ class Shards:
 
         What gathers is no part of the pass. The module's own call finds it done.
         """
-        with tape.trace.paused(), torch.no_grad():
+        with torch._C.DisableTorchFunction(), tape.trace.paused(), torch.no_grad():
             module.unshard()
-        known = self.modules.get(module, self)
-        self.modules[module] = None
-        if known is None:
-            return
-        for param in params_of(module):
-            p, whole = param.sharded_param, param.unsharded_param
-            if p not in tape.by_id.values():
-                continue
-            if is_sharded(whole):
-                raise CurvoptError(tensor_parallel(tape.name(p)))
-            self.whole[p], self.shard[whole] = whole, p
-            tape.exchange(p, whole)
+            known = module in self.modules
+            self.modules[module] = None
+            for param in () if known else params_of(module):
+                p, whole = param.sharded_param, param.unsharded_param
+                if id(p) not in tape.by_id:
+                    continue
+                if is_sharded(whole):
+                    raise CurvoptError(tensor_parallel(tape.name(p)))
+                self.whole[p], self.shard[whole] = whole, p
+                tape.exchange(p, whole)
 
     def of(self, p: Tensor) -> Tensor:
         """What the forward pass sees of a parameter, as far as is known."""

@@ -122,9 +122,9 @@ class Wrappers:
 
     # -- passes of ours ---------------------------------------------------------------------------
 
-    def aside(self) -> Aside:
+    def aside(self, tape: Tape) -> Aside:
         """Go backward over the graph without waking the wrappers; sharded parameters stay whole."""
-        return Aside(self)
+        return Aside(self, tape)
 
     def _switches(self) -> list[tuple[Any, str, Any]]:
         """What keeps the wrappers asleep: attributes and their values."""
@@ -141,17 +141,19 @@ class Aside:
 
     Args:
         wrappers: the wrappers.
+        tape: the recording, of which what gathers parameters is no part.
     """
 
-    def __init__(self, wrappers: Wrappers):
-        self.wrappers = wrappers
+    def __init__(self, wrappers: Wrappers, tape: Tape):
+        self.wrappers, self.tape = wrappers, tape
         self.entered = False
         self.theirs: list[Any] = []
 
     def __enter__(self) -> Aside:
         shards = self.wrappers.shards
-        for module in shards.modules:
-            module.unshard()  # type: ignore[operator]  # of FSDPModule
+        with self.tape.trace.paused():
+            for module in shards.modules:
+                module.unshard()  # type: ignore[operator]  # of FSDPModule
         self.reshards = [(group, group.reshard_after_backward) for group in shards.groups]
         for group, _ in self.reshards:
             group.reshard_after_backward = False
@@ -163,10 +165,11 @@ class Aside:
     def __exit__(self, *error: Any) -> None:
         self._wake()
         self.entered = False
-        for group, reshards in self.reshards:
-            group.reshard_after_backward = reshards
-            if reshards:
-                group.reshard()
+        with self.tape.trace.paused():
+            for group, reshards in self.reshards:
+                group.reshard_after_backward = reshards
+                if reshards:
+                    group.reshard()
 
     @contextmanager
     def lifted(self) -> Iterator[None]:

@@ -7,7 +7,7 @@ import functools
 import hashlib
 import math
 import secrets
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -105,6 +105,9 @@ def _fill(noise: Tensor, std: float, generator: torch.Generator, secure: bool) -
 # the cache.
 STREAMS, PIECE = 4, 1 << 16
 
+# Name of the key and the count of draws, where each process draws for a part of the parameters.
+PARTS = "parts"
+
 
 @functools.cache
 def _threads() -> ThreadPoolExecutor:
@@ -139,6 +142,9 @@ class GaussianNoise:
     def __init__(self, generator: torch.Generator | None = None, *, secure: bool = False) -> None:
         self.secure = secure
         self._source = generator
+        self._key: bytes | None = None  # of what processes draw, each for its own part
+        self._draws = 0
+        self._shared = self._derives = False
         self._generators = {} if generator is None else {str(generator.device): generator}
 
     def __call__(self, like: Tensor, std: float) -> Tensor:
@@ -182,22 +188,63 @@ class GaussianNoise:
         else:
             list(map(work, pieces.values(), streams))
 
+    def share(self, agree: Callable[[Any], Any]) -> None:
+        """Have a key that all processes share, from which each draws for its part of a tensor.
+
+        Args:
+            agree: gives the first process's value to all.
+        """
+        if not self._shared:
+            mine = key_from(self._source) if self._key is None else self._key, self._draws
+            (self._key, self._draws), self._shared = agree(mine), True
+
+    def part(self, number: int) -> GaussianNoise:
+        """The next noise of one of the processes that `share` a key, each by its number.
+
+        The streams of two numbers, and of two calls, have nothing in common. As they follow from
+        the key and the count of calls, they are saved with these.
+        """
+        assert self._key is not None
+        name = b"%b/%d/%d" % (self._key, self._draws, number)
+        self._draws += 1
+        made = GaussianNoise(secure=self.secure)
+        made._key = hashlib.sha256(name).digest()
+        made._derives = True
+        return made
+
     def _stream(self, device: torch.device, index: int = 0) -> torch.Generator:
         name = f"{device}/{index}" if index else str(device)
         if name not in self._generators:
-            self._generators[name] = generator_from_key(key_from(self._source), device)
+            if self._derives and self._key is not None:
+                key = hashlib.sha256(self._key + name.encode()).digest()
+            else:
+                key = key_from(self._source)
+            self._generators[name] = generator_from_key(key, device)
         return self._generators[name]
 
     def __deepcopy__(self, memo: Any) -> GaussianNoise:
         """Noise of its own, unless a generator was given: two runs must not share any."""
         return GaussianNoise(copy.deepcopy(self._source, memo), secure=self.secure)
 
+    def shared(self) -> dict[str, Any] | None:
+        """The part of the state that all processes have; None where each draws for the whole."""
+        if self._key is None:
+            return None
+        numbers = [*self._key, *self._draws.to_bytes(8, "little")]
+        return {PARTS: torch.tensor(numbers, dtype=torch.uint8)}
+
     def state_dict(self) -> dict[str, Any]:
         """The state of each generator by device and stream: it is as secret as the data."""
-        return {name: generator.get_state() for name, generator in self._generators.items()}
+        state = {name: generator.get_state() for name, generator in self._generators.items()}
+        return state | (self.shared() or {})
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a saved state."""
         for name, saved in state.items():
+            if name == PARTS:
+                numbers = bytes(saved.tolist())
+                self._key, self._draws = numbers[:32], int.from_bytes(numbers[32:], "little")
+                self._shared = False
+                continue
             generator = self._generators.setdefault(name, torch.Generator(name.split("/")[0]))
             generator.set_state(saved.cpu())

@@ -19,6 +19,7 @@ OPTIMIZERS = {
     "ggn_exact": partial(curvopt.DiagGGNOptimizer, lr=0.05, estimator="exact", curvature_every=3),
     "ggn_sketch": partial(curvopt.DiagGGNOptimizer, lr=0.05, curvature_every=3),
     "variance_adaptive": partial(curvopt.VarianceAdaptiveSGD, lr=0.05, variance_every=3),
+    "polar": partial(curvopt.PolarOptimizer, lr=0.01),
     "dp_sgd": partial(curvopt.DPSGD, lr=0.1, momentum=0.9, **PRIVATE),
     "dp_adam": partial(curvopt.DPAdam, lr=0.01, **PRIVATE),
 }
@@ -77,8 +78,9 @@ def weights(model):
     return [full(p).clone() for p in model.parameters()]
 
 
-def shared_signs(signs):
-    """The whole batch's signs on every process, of which each takes the rows of its own samples."""
+def share_signs():
+    """Draw the whole batch's signs on every process; each takes those of its own samples."""
+    signs = curvopt.losses.cross_entropy.random_signs
 
     def cut(like, shape, generator):
         columns, n, *rest = shape
@@ -86,7 +88,7 @@ def shared_signs(signs):
         whole = signs(like, (columns, N, *rest), generator)
         return whole if n == N else whole.chunk(N // n, 1)[dist.get_rank()]
 
-    return cut
+    curvopt.losses.cross_entropy.random_signs = cut
 
 
 def train(make, model, wrapped, rows=lambda *batch: batch, tokens=False, steps=STEPS):
@@ -99,9 +101,8 @@ def train(make, model, wrapped, rows=lambda *batch: batch, tokens=False, steps=S
 
 def compare(name, wrap, build=mlp, *, tokens=False, group=None, tolerance=1e-12, steps=STEPS):
     """Several processes, each with its part of the batch, take the steps of one with all of it."""
-    signs = curvopt.losses.cross_entropy.random_signs
-    if name == "ggn_sketch":
-        curvopt.losses.cross_entropy.random_signs = shared_signs(signs)
+    if name in ("ggn_sketch", "polar"):
+        share_signs()
     make = OPTIMIZERS[name]
     reference, model = build().double(), build().double()
     train(partial(make, process_group=alone()), reference, reference, tokens=tokens, steps=steps)

@@ -7,6 +7,7 @@ import sys
 import tempfile
 import time
 import traceback
+import warnings
 from datetime import timedelta
 from pathlib import Path
 
@@ -81,6 +82,7 @@ def _child(body, rank, world, timeout, folder):
     os.dup2(log.fileno(), 2)
     faulthandler.enable(log)
     error = ""
+    warnings.filterwarnings("ignore", "`torch.jit", DeprecationWarning)  # torch's own
     try:
         torch.set_num_threads(1)
         store = dist.FileStore(str(folder / "store"), world)
