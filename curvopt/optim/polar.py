@@ -206,6 +206,7 @@ class PolarOptimizer(EngineOptimizer):
         self, computation: Computation, quantities: list[Quantity], backward: Backward
     ) -> None:
         values: dict[str, Any] = {}
+        computation.covered_only = True  # a matrix is stepped by its gradient where rows are dear
         sketches = [quantity for quantity in quantities if isinstance(quantity, Diagonal)]
         if self._looks():
             kinds = {p: is_table(p, s) for p, s in computation.outline().items()}

@@ -198,6 +198,8 @@ class Matrix:
             return None
         scale = both / ours
         apart = float(torch.linalg.vector_norm(wanted.sub_(got, alpha=scale)))
+        if apart > UNITS * precise * scale * terms:
+            precise = max(precise, _rounded(left))
         return scale if apart <= UNITS * precise * scale * terms else None
 
     def _projections(self) -> tuple[Tensor | None, Tensor | None]:
@@ -274,6 +276,13 @@ class MatrixPlan:
             if self.shrink != 1:
                 move.p.mul_(self.shrink)
             move.p.add_(move.m.view(move.p.shape), alpha=move.factor)
+
+
+def _rounded(values: Tensor) -> float:
+    """Eps of the coarsest type that holds the values: of autocast's, products are rounded too."""
+    half = [torch.bfloat16, torch.float16]
+    held = (dtype for dtype in half if torch.equal(values.to(dtype).to(values.dtype), values))
+    return float(torch.finfo(next(held, values.dtype)).eps)
 
 
 @cache
