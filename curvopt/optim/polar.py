@@ -8,10 +8,13 @@ import torch
 from torch import Generator, Tensor
 
 from curvopt.engine.computation import Computation
-from curvopt.optim.base import Backward, EngineOptimizer
+from curvopt.optim import stats
+from curvopt.optim.base import EngineOptimizer
 from curvopt.optim.diag_ggn import Move, Plan
+from curvopt.optim.joined import Backward
 from curvopt.optim.polar_factor import by_factors
-from curvopt.optim.polar_step import MatrixPlan, Rows, gathered, rows_of, sides, whole
+from curvopt.optim.polar_step import MatrixPlan, Rows, check_dense, gathered, rows_of
+from curvopt.optim.state import sides
 from curvopt.quantities import DiagGGNMC, Quantity
 from curvopt.quantities.base import Context
 from curvopt.quantities.raw import Structures
@@ -81,6 +84,8 @@ class PolarOptimizer(EngineOptimizer):
             Default 10.
         generator: source of the measurement's signs; torch's global one by default.
         maximize: ascend instead of descend.
+        process_group: the processes of a step, where nothing wraps the model: their gradients are
+            averaged in `step`. Default: those of the wrapper.
         batch_size: number of samples, where the data flow leaves two readings; checked against it.
         reduction: ``"mean"`` or ``"sum"``: what a sample's own loss is where a sum is scaled by
             something that may be a count: N times its part of the loss, or its part.
@@ -134,6 +139,7 @@ class PolarOptimizer(EngineOptimizer):
         curvature_every: int = 10,
         generator: Generator | None = None,
         maximize: bool = False,
+        process_group: Any = None,
         batch_size: int | None = None,
         reduction: str | None = None,
     ):
@@ -145,7 +151,12 @@ class PolarOptimizer(EngineOptimizer):
             maximize=maximize,
         )  # fmt: skip
         super().__init__(
-            params, defaults, batch_size=batch_size, reduction=reduction, generator=generator
+            params,
+            defaults,
+            batch_size=batch_size,
+            reduction=reduction,
+            generator=generator,
+            process_group=process_group,
         )
         self.curvature_every = curvature_every
 
@@ -191,7 +202,9 @@ class PolarOptimizer(EngineOptimizer):
         if self._looks():
             return [Structures()]
         tables, factored = self._measured()
-        wanted: list[Quantity] = [Diagonal(generator=self.generator)] if tables else []
+        wanted: list[Quantity] = (
+            [Diagonal(generator=self._own_draws(self.generator))] if tables else []
+        )
         return [*wanted, Structures()] if factored else wanted
 
     def _tape(self) -> Tape:
@@ -199,7 +212,7 @@ class PolarOptimizer(EngineOptimizer):
         if self._looks():
             return super()._tape()
         wanted = {id(p) for part in self._measured() for p in part}
-        named = [(name, p) for name, p in self._named() if id(p) in wanted]
+        named = [(name, p) for name, p in self._tracked() if id(p) in wanted]
         return Tape(named, batch_size=self.batch_size)
 
     def _accumulate(
@@ -212,7 +225,7 @@ class PolarOptimizer(EngineOptimizer):
             kinds = {p: is_table(p, s) for p, s in computation.outline().items()}
             values["tables"] = dict.fromkeys(computation.tape.params, False) | kinds
             if any(kinds.values()):
-                sketches = [Diagonal(generator=self.generator)]
+                sketches = [self._sketch()]
         if sketches:
             values.update(computation.run(sketches))
         if isinstance(quantities[-1], Structures):
@@ -229,13 +242,13 @@ class PolarOptimizer(EngineOptimizer):
         params, count = [*self._parameters()], self._ranks.place[1]
         for values in self.collected:
             if Diagonal.field in values:
-                own = values[Diagonal.field]
-                means = self._ranks.sums([*own.values()])
-                values[Diagonal.field] = {
-                    p: mean.div_(count) for p, mean in zip(own, means, strict=True)
-                }
+                totals = self._sums(values[Diagonal.field])
+                values[Diagonal.field] = {p: total.div_(count) for p, total in totals.items()}
             if "rows" in values:
                 values["rows"] = gathered(values["rows"], params, self._ranks)
+
+    def _stats(self) -> stats.Stats:
+        return stats.polar(self.param_groups, self.state)
 
     # -- the step ---------------------------------------------------------------------------------
 
@@ -246,7 +259,7 @@ class PolarOptimizer(EngineOptimizer):
             for p in group["params"]:
                 if p.grad is None or not p.numel():
                     continue
-                whole(p, self._name)
+                check_dense(p, self._name)
                 state = dict(self.state[p]) if p in self.state else self._begun(p)
                 if not state:
                     waiting = True  # it takes part for the first time: looked at next

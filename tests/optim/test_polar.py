@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch import multiprocessing, nn
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import curvopt
@@ -16,6 +16,7 @@ from curvopt.optim import polar_step
 from curvopt.optim.rate import adapt, noise_of
 from tests.optim.test_atomic import NoMemory, NoRoom
 from tests.oracles import assert_close
+from tests.parallel.ranks import alone, part, ranks, same_everywhere
 
 WIDE, N = 90, 6
 
@@ -132,8 +133,7 @@ class Tables(nn.Module):
 
 
 def test_tables_take_the_steps_of_the_diagonal():
-    torch.manual_seed(0)
-    model = Tables().double()
+    model = tables()
     x, y = torch.randint(9, (6, 4)), torch.randint(9, (6,))
     twin = copy.deepcopy(model)
     torch.manual_seed(1)
@@ -272,9 +272,9 @@ def test_accumulation_is_one_batch(monkeypatch):
     for t in range(5):
         x, y = batch(t)
         opt.zero_grad()
-        for part in (slice(0, 3), slice(3, N)):
+        for half in (slice(0, 3), slice(3, N)):
             with opt.record():
-                (F.cross_entropy(model(x[part]), y[part]) / 2).backward()
+                (F.cross_entropy(model(x[half]), y[half]) / 2).backward()
         opt.step()
         other.step(lambda x=x, y=y: F.cross_entropy(twin(x), y))
     assert len(count) == 20
@@ -492,84 +492,56 @@ def test_structures_are_the_rows_of_batch_grad():
 
 # Two processes.
 
-WORLD = 2
+
+def tables():
+    torch.manual_seed(0)
+    return Tables().double()
 
 
-def trajectory(rank=None, wrap=None):
-    model = wide()
-    wrapped = model if wrap is None else wrap(model)
-    opt = curvopt.PolarOptimizer(model.parameters())
+def steps_of(model, wrapped, rows=lambda *batch: batch, **options):
+    opt = curvopt.PolarOptimizer(model.parameters(), **options)
     for t in range(5):
-        x, y = batch(t)
-        part = slice(None) if rank is None else slice(rank, None, WORLD)
-        opt.step(lambda x=x[part], y=y[part]: F.cross_entropy(wrapped(x), y))
+        x, y = rows(*batch(t))
+        opt.step(lambda x=x, y=y: F.cross_entropy(wrapped(x), y))
     return values(model), by_rows(opt), [opt.state[p].get("rows") for p in model.parameters()]
 
 
-def refusal(step):
-    try:
-        step()
-    except curvopt.CurvoptError as error:
-        return str(error)
+@pytest.mark.parametrize("wrap", [DistributedDataParallel, None])
+@ranks()
+def test_two_processes_take_the_steps_of_one(wrap):
+    model, single = wide(), wide()
+    expected, alone_by, numbers = steps_of(single, single, process_group=alone())
+    group = dist.group.WORLD if wrap is None else None
+    found, by, rows = steps_of(model, wrap(model) if wrap else model, part, process_group=group)
+    assert by == alone_by
+    assert rows == numbers  # those of both
+    for a, b in zip(found, expected, strict=True):
+        assert_close(a, b, 1e-8)
+    same_everywhere(found)
 
 
-def sharded_over_processes():
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
-
-    model = fully_shard(wide(torch.float32), mesh=init_device_mesh("cpu", (WORLD,)))
-    opt = curvopt.PolarOptimizer(model.named_parameters())
-    x, y = batch(dtype=torch.float32)
-    return refusal(lambda: opt.step(lambda: F.cross_entropy(model(x), y)))
-
-
-def tables(rank):
-    torch.manual_seed(0)
-    model = Tables().double()
+@ranks()
+def test_two_processes_do_not_drift_apart_over_tables():
+    model = tables()
     wrapped = DistributedDataParallel(model)
     opt = curvopt.PolarOptimizer(model.parameters())
-    torch.manual_seed(rank)
+    torch.manual_seed(dist.get_rank())
     for _ in range(4):
         x, y = torch.randint(9, (6, 4)), torch.randint(9, (6,))
         opt.step(lambda x=x, y=y: F.cross_entropy(wrapped(x), y))
-    return values(model)
+    same_everywhere(values(model))
 
 
-def work(rank, folder):
-    torch.set_num_threads(1)
-    store = dist.FileStore(f"{folder}/store", WORLD)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=WORLD)
-    results = {
-        "wide": trajectory(rank, DistributedDataParallel),
-        "tables": tables(rank),
-        "sharded": sharded_over_processes(),
-    }
-    torch.save(results, f"{folder}/{rank}")
-    dist.barrier()
-    dist.destroy_process_group()
-
-
-@pytest.fixture(scope="module")
-def ranks(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("ranks")
-    multiprocessing.spawn(work, (str(folder),), WORLD)
-    return [torch.load(folder / str(rank), weights_only=False) for rank in range(WORLD)]
-
-
-def test_two_processes_take_the_steps_of_one(ranks):
-    expected, alone, rows = trajectory()
-    for result in ranks:
-        found, way, number = result["wide"]
-        assert way == alone
-        assert number == rows  # those of both
-        for a, b in zip(found, expected, strict=True):
-            assert_close(a, b, 1e-8)
-    assert all(map(torch.equal, ranks[0]["wide"][0], ranks[1]["wide"][0]))
-
-
-def test_two_processes_do_not_drift_apart_over_tables(ranks):
-    assert all(map(torch.equal, ranks[0]["tables"], ranks[1]["tables"]))
-
-
-def test_sharded_parameters_are_refused(ranks):
-    assert all(result["sharded"] for result in ranks)
+@ranks()
+def test_more_rows_together_than_are_cheap():
+    """Each process alone would go by its rows; both together do not."""
+    model, single = wide(), wide()
+    x, y = batch(n=78)
+    one = curvopt.PolarOptimizer(single.parameters(), process_group=alone())
+    one.step(lambda: F.cross_entropy(single(x), y))
+    opt, wrapped = curvopt.PolarOptimizer(model.parameters()), DistributedDataParallel(model)
+    mine, labels = part(x, y)
+    opt.step(lambda: F.cross_entropy(wrapped(mine), labels))
+    assert not by_rows(opt)
+    for a, b in zip(values(model), values(single), strict=True):
+        assert_close(a, b, 1e-8)
