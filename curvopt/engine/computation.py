@@ -97,10 +97,11 @@ class Computation(Reduction):
         """
         with self.tape.trace.paused(), torch.no_grad():
             self.prepare()
-            slow: list[Tensor] = []
-            if self.slow:
+            slow = [] if self.covered_only else list(self.slow)
+            slow_rows: list[Tensor] = []
+            if slow:
                 ones = [up.unsqueeze(0) for up in self._gradients()]
-                slow = self._rows(list(self.slow), [t.output for t in self.terms], ones)
+                slow_rows = self._rows(slow, [t.output for t in self.terms], ones)
         due, left = self._due("watch"), self._undisturbed()
         caught: dict[Use, Tensor] = {}
         handles = [catch(use, caught) for use in self.uses]
@@ -112,7 +113,7 @@ class Computation(Reduction):
         with torch.no_grad():
             sent = {use: c.unsqueeze(0) for use, c in caught.items()}
             parts = self._structures([*sent], [*sent.values()])
-            for p, rows in zip(self.slow, slow, strict=True):
+            for p, rows in zip(slow, slow_rows, strict=True):
                 parts[p] = [Dense(rows)]
             structures = {p: total(parts[p]) for p in self.tape.params if p in parts}
             self._audit("watch", structures, {p: p.grad for p in due}, sent)

@@ -47,6 +47,8 @@ class Cotangents:
     use_layouts: dict[Use, Layout]
     uses: list[Use]
     slow: dict[Tensor, str]
+    #: Leave the rows of parameters that no rule covers: for quantities that can do without them.
+    covered_only = False
 
     def __init__(
         self,

@@ -42,7 +42,7 @@ class Reduction(Cotangents):
         parts = self._structures(uses, grads)
         sent = dict(zip(uses, grads, strict=True)) if due else {}
         del grads  # a structure may let go of its factors
-        slow = list(self.slow)
+        slow = [] if self.covered_only else list(self.slow)
         for p, rows in zip(slow, self._rows(slow, outputs, cotangents), strict=True):
             parts[p] = [Dense(rows)]
         columns = len(cotangents[0])

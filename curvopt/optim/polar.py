@@ -8,11 +8,13 @@ import torch
 from torch import Generator, Tensor
 
 from curvopt.engine.computation import Computation
+from curvopt.optim import stats
 from curvopt.optim.base import EngineOptimizer
 from curvopt.optim.diag_ggn import Move, Plan
 from curvopt.optim.joined import Backward
 from curvopt.optim.polar_factor import by_factors
-from curvopt.optim.polar_step import MatrixPlan, Rows, gathered, rows_of, sides, whole
+from curvopt.optim.polar_step import MatrixPlan, Rows, check_dense, gathered, rows_of
+from curvopt.optim.state import sides
 from curvopt.quantities import DiagGGNMC, Quantity
 from curvopt.quantities.base import Context
 from curvopt.quantities.raw import Structures
@@ -83,7 +85,7 @@ class PolarOptimizer(EngineOptimizer):
         generator: source of the measurement's signs; torch's global one by default.
         maximize: ascend instead of descend.
         process_group: the processes of a step, where nothing wraps the model: their gradients are
-            averaged in `step`. Default: those of ``DistributedDataParallel``.
+            averaged in `step`. Default: those of the wrapper.
         batch_size: number of samples, where the data flow leaves two readings; checked against it.
         reduction: ``"mean"`` or ``"sum"``: what a sample's own loss is where a sum is scaled by
             something that may be a count: N times its part of the loss, or its part.
@@ -212,13 +214,14 @@ class PolarOptimizer(EngineOptimizer):
         if self._looks():
             return super()._tape()
         wanted = {id(p) for part in self._measured() for p in part}
-        named = [(name, p) for name, p in self._named() if id(p) in wanted]
+        named = [(name, p) for name, p in self._tracked() if id(p) in wanted]
         return Tape(named, batch_size=self.batch_size)
 
     def _accumulate(
         self, computation: Computation, quantities: list[Quantity], backward: Backward
     ) -> None:
         values: dict[str, Any] = {}
+        computation.covered_only = True  # a matrix is stepped by its gradient where rows are dear
         sketches = [quantity for quantity in quantities if isinstance(quantity, Diagonal)]
         if self._looks():
             kinds = {p: is_table(p, s) for p, s in computation.outline().items()}
@@ -250,6 +253,9 @@ class PolarOptimizer(EngineOptimizer):
             if "rows" in values:
                 values["rows"] = gathered(values["rows"], params, self._ranks)
 
+    def _stats(self) -> stats.Stats:
+        return stats.polar(self.param_groups, self.state)
+
     # -- the step ---------------------------------------------------------------------------------
 
     def _update(self) -> None:
@@ -259,7 +265,7 @@ class PolarOptimizer(EngineOptimizer):
             for p in group["params"]:
                 if p.grad is None or not p.numel():
                     continue
-                whole(p, self._name)
+                check_dense(p, self._name)
                 state = dict(self.state[p]) if p in self.state else self._begun(p)
                 if not state:
                     waiting = True  # it takes part for the first time: looked at next

@@ -45,10 +45,13 @@ def polar(matrix: Tensor, eps: float) -> Tensor:
     """
     if matrix.shape[0] > matrix.shape[1]:
         return polar(matrix.mT, eps).mT
+    if len(matrix) == 1 and matrix.dtype != torch.float64 and matrix.device.type != "mps":
+        length = torch.linalg.vector_norm(matrix, dtype=torch.float64)  # no square is too small
+        return matrix / (length * (1 + eps * eps) ** 0.5).clamp(min=torch.finfo(matrix.dtype).tiny)
     wide = _scaled(matrix)
     gram = _gram(wide)
     if len(gram) == 1:
-        return wide.mul_(_inverse_root(gram[0], eps)).to(matrix.dtype)
+        return (wide * _inverse_root(gram[0], eps)).to(matrix.dtype)
     if matrix.device.type != "cpu":  # where eigenvalues cost more than many products
         return newton_schulz(wide, gram, eps).to(matrix.dtype)
     values, vectors = torch.linalg.eigh(gram)

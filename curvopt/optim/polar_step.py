@@ -14,7 +14,7 @@ from curvopt.engine.audit import precision_of
 from curvopt.errors import CurvoptError
 from curvopt.optim.polar_factor import by_factors, polar, polar_of_rows
 from curvopt.optim.rate import adapt
-from curvopt.optim.state import held
+from curvopt.optim.state import held, sides
 from curvopt.parallel.groups import Ranks
 from curvopt.structures import Outer, Structure
 
@@ -24,11 +24,6 @@ SKETCH = 24
 UNITS = 64.0
 # Steps after which what is left of a momentum that stands still is set to zero.
 CLEAN = 64
-
-
-def sides(p: Tensor) -> tuple[int, int]:
-    """Rows and columns of a parameter as a matrix: outputs and inputs, or a column."""
-    return (p.shape[0], p.numel() // p.shape[0]) if p.ndim > 1 else (p.numel(), 1)
 
 
 class Rows(NamedTuple):
@@ -105,14 +100,8 @@ def gathered(
     return result
 
 
-def whole(p: Tensor, name: Callable[[Tensor], str]) -> None:
+def check_dense(p: Tensor, name: Callable[[Tensor], str]) -> None:
     """Refuse gradients that are no matrix in memory."""
-    if hasattr(p, "full_tensor"):
-        raise CurvoptError(
-            f"{name(p)} is sharded over processes, and a polar factor is that of the whole matrix: "
-            "PolarOptimizer needs parameters that every process has as a whole "
-            "(DistributedDataParallel)"
-        )
     if p.grad is not None and p.grad.layout is not torch.strided:
         raise CurvoptError(
             f"the gradient of {name(p)} is sparse, and has no polar factor: build the embedding "
@@ -198,6 +187,8 @@ class Matrix:
             return None
         scale = both / ours
         apart = float(torch.linalg.vector_norm(wanted.sub_(got, alpha=scale)))
+        if apart > UNITS * precise * scale * terms:
+            precise = max(precise, _rounded(left))
         return scale if apart <= UNITS * precise * scale * terms else None
 
     def _projections(self) -> tuple[Tensor | None, Tensor | None]:
@@ -274,6 +265,13 @@ class MatrixPlan:
             if self.shrink != 1:
                 move.p.mul_(self.shrink)
             move.p.add_(move.m.view(move.p.shape), alpha=move.factor)
+
+
+def _rounded(values: Tensor) -> float:
+    """Eps of the coarsest type that holds the values: of autocast's, products are rounded too."""
+    half = [torch.bfloat16, torch.float16]
+    held = (dtype for dtype in half if torch.equal(values.to(dtype).to(values.dtype), values))
+    return float(torch.finfo(next(held, values.dtype)).eps)
 
 
 @cache

@@ -37,3 +37,8 @@ def held(state: dict[str, Any], key: str, p: Tensor, name: Callable[[Tensor], st
             "this parameter; load another, or drop it from opt.state"
         )
     return value
+
+
+def sides(p: Tensor) -> tuple[int, int]:
+    """Rows and columns of a parameter as a matrix: outputs and inputs, or a column."""
+    return (p.shape[0], p.numel() // p.shape[0]) if p.ndim > 1 else (p.numel(), 1)

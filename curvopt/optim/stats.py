@@ -10,6 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from curvopt.optim.rate import noise_of
+from curvopt.optim.state import sides
+
 
 @dataclass
 class Stats:
@@ -85,15 +88,46 @@ def diag_ggn(groups: list[dict[str, Any]], states: Any) -> Stats:
         step[p] = rate[p] * min(newton * corrected / p.numel() ** 0.5, group["max_step"])
         curvature[p] = h / state["weight"]
         if mu and state.get("energy_weight"):
-            noise = (1 - mu) * (1 + mu**t) / ((1 + mu) * (1 - mu**t))
-            energy = state["energy"] / state["energy_weight"]
-            r = min(1.0, (mean * corrected) ** 2 / energy) if energy > 0 else 1.0
-            signal[p] = (r - noise) / (1 - noise) if t > 1 else 0.0
+            signal[p] = _signal(group, state, mean * corrected)
     stats = Stats()
     stats.mean("rate", rate)
     stats.mean("signal", signal)
     stats.root_mean_square("step_rms", step)
     stats.mean("curvature", curvature)
+    return stats
+
+
+def _signal(group: dict[str, Any], state: dict[str, Any], mean: float) -> float:
+    """The share of signal that the rate follows, from the norm of the averaged gradient."""
+    if state["step"] < 2:
+        return 0.0
+    noise = noise_of(group["momentum"], state["step"])
+    energy = state["energy"] / state["energy_weight"]
+    r = min(1.0, mean**2 / energy) if energy > 0 else 1.0
+    return (r - noise) / (1 - noise)
+
+
+def polar(groups: list[dict[str, Any]], states: Any) -> Stats:
+    """What `PolarOptimizer` logs, from its state: tables as `DiagGGNOptimizer` does."""
+    tables = {p: state for p, state in states.items() if "curvature" in state}
+    bounded = [{**group, "max_step": 1.0} for group in groups]
+    known = diag_ggn(bounded, tables)
+    moved = [
+        (p, g, states[p]) for g in groups for p in g["params"] if "signal" in states.get(p, ())
+    ]
+    rows = [[length(s["momentum_buffer"]), length(s["signal"])] for _, _, s in moved]
+    rate, signal, step = (known.tensors.get(k, {}) for k in ("rate", "signal", "step_rms"))
+    for (p, group, state), (m, mean) in zip(moved, fetched(rows), strict=True):
+        corrected = 1 / (1 - group["momentum"] ** state["step"])
+        rate[p] = float(group["lr"]) * math.exp(state.get("log_rate", 0.0))
+        step[p] = rate[p] * corrected * m * (max(sides(p)) / p.numel()) ** 0.5
+        if group["momentum"] and state.get("energy_weight"):
+            signal[p] = _signal(group, state, mean * corrected)
+    stats = Stats()
+    stats.mean("rate", rate)
+    stats.mean("signal", signal)
+    stats.root_mean_square("step_rms", step)
+    stats.mean("curvature", known.tensors.get("curvature", {}))
     return stats
 
 

@@ -25,7 +25,7 @@ def close(found, matrix, dtype, eps=EPS):
     assert found.shape == matrix.shape
     expected = oracle(matrix, eps)
     apart = torch.linalg.matrix_norm(found.double() - expected)
-    assert apart <= TOLERANCE[dtype] * torch.linalg.matrix_norm(expected) + 0
+    assert apart <= TOLERANCE[dtype] * torch.linalg.matrix_norm(expected)
 
 
 def by_newton_schulz(matrix, eps):
