@@ -44,6 +44,22 @@ def test_mnist_repeats_itself(tmp_path):
     assert curves[0] == curves[1]
 
 
+def test_stats(tmp_path):
+    write_mnist(tmp_path)
+    command = [sys.executable, "examples/stats.py", "--smoke", "--data-dir", str(tmp_path)]
+    command += ["--batch-size", "2", "--every", "1", "--out", str(tmp_path / "out")]
+    one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        command, cwd=ROOT, env=one_thread, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "out" / "stats.png").read_bytes().startswith(b"\x89PNG")
+    runs = json.loads((tmp_path / "out" / "stats.json").read_text())
+    assert [row["steps"] for row in runs["DiagGGN"]] == [1, 2, 3]
+    assert {"rate/1.weight", "signal", "loss"} <= runs["DiagGGN"][0].keys()
+    assert runs["VarianceAdaptive"][0]["noise/batch_size"] == 2
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
