@@ -22,6 +22,7 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
+from tqdm import tqdm
 
 import curvopt
 
@@ -112,7 +113,7 @@ def plain_diagonal(model: nn.Module, x: Tensor) -> Tensor:
 def train(model: nn.Module, x: Tensor, y: Tensor, steps: int) -> None:
     """To the mode that Laplace's approximation is made around, with its prior."""
     opt = curvopt.DiagGGNOptimizer(model.parameters())
-    for _ in range(steps):
+    for _ in tqdm(range(steps), "steps", leave=False):
         opt.step(
             lambda: (
                 F.mse_loss(model(x), y)

@@ -5,8 +5,8 @@
 The noise scale, the variance of the samples' gradients over the squared gradient, says at what
 batch size noise and signal are even (McCandlish et al. 2018, arXiv 1812.06162): much smaller
 batches are mostly noise, much larger ones waste samples. The usual estimate compares gradients of
-batches of two sizes and is noisy; `VarianceAdaptiveSGD` measures the variance within each batch anyway. The
-truth beside it, now and then, comes from the gradients of thousands of samples at once.
+batches of two sizes and is noisy; `VarianceAdaptiveSGD` measures the variance within each batch
+anyway. The truth beside it, now and then, comes from the gradients of thousands of samples at once.
 """
 
 import argparse

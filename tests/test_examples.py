@@ -1,3 +1,4 @@
+import ast
 import json
 import os
 import re
@@ -71,6 +72,21 @@ def test_mnist_refuses(tmp_path, arguments, message):
     done = run_mnist(tmp_path, *arguments)
     assert done.returncode == 2
     assert message in done.stderr
+
+
+def test_every_option_has_a_help_text():
+    silent = []
+    for path in [*ROOT.glob("examples/*.py"), *ROOT.glob("benchmarks/*.py"), ROOT / "docs/make.py"]:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and ast.unparse(node.func).endswith(
+                ("add_argument", "add")
+            ):
+                said = {keyword.arg for keyword in node.keywords}
+                option = node.args and ast.unparse(node.args[0]).startswith("'--")
+                silent += (
+                    [] if "help" in said or not option else [f"{path.name}: {ast.unparse(node)}"]
+                )
+    assert silent == []
 
 
 def test_readme_names_what_there_is():
