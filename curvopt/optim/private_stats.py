@@ -8,6 +8,7 @@ from torch import Tensor
 
 from curvopt.optim.base import EngineOptimizer
 from curvopt.optim.stats import Stats
+from curvopt.parallel.groups import Ranks
 from curvopt.privacy.accounting import PrivacyLedger
 from curvopt.privacy.epsilon import Accountant
 from curvopt.privacy.noise import GaussianNoise
