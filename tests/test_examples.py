@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 
 import curvopt
+import curvopt.privacy
 from tests.test_datasets import write_mnist
+from tests.test_snippets import PAGES
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -95,6 +97,16 @@ def test_readme_names_what_there_is():
     assert [name for name in names if not hasattr(curvopt, name)] == []
 
 
-def test_readme_links_lead_somewhere():
-    links = re.findall(r"\]\((?!http)([^)#]+)", README)
-    assert [link for link in links if not (ROOT / link).exists()] == []
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_somewhere(page):
+    text = re.sub(r"\w+\[p\]\(M\)", "", page.read_text())  # code, no link
+    links = re.findall(r"\]\((?!https?:|#)([^)#]+)", text)
+    assert [link for link in links if not (page.parent / link).exists()] == []
+
+
+def test_every_public_name_is_in_the_reference():
+    pages = "\n".join(path.read_text() for path in ROOT.glob("docs/api/*.md"))
+    names = [f"curvopt.{name}" for name in curvopt.__all__]
+    names += [f"curvopt.privacy.{name}" for name in curvopt.privacy.__all__]
+    missing = [name for name in names if not re.search(rf":: {re.escape(name)}$", pages, re.M)]
+    assert missing == []
