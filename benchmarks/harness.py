@@ -53,10 +53,10 @@ def arguments(description: str, *, rounds: int, problems: Iterable[str]) -> argp
     parser = argparse.ArgumentParser(description=description.split("\n")[0])
     parser.add_argument("--quick", action="store_true", help="3 rounds: a look, not a result")
     parser.add_argument("--problem", action="append", choices=list(problems), help="repeatable")
-    parser.add_argument("--rounds", type=int, default=rounds)
-    parser.add_argument("--threads", type=int, default=os.cpu_count())
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--rounds", type=int, default=rounds, help="of which the median is shown")
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of the CPU")
+    parser.add_argument("--device", default="cpu", help="cpu, or cuda")
+    parser.add_argument("--seed", type=int, default=0, help="of weights and batches")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
     return parser
 

@@ -447,8 +447,8 @@ def arguments() -> argparse.ArgumentParser:
     add("--trials", type=int, help="learning rates tried for the tuned track: 12, quick 3; 0: none")
     add("--steps", type=int, help="instead of each problem's own number")
     add("--evaluations", type=int, default=20, help="points of each curve")
-    add("--threads", type=int, default=os.cpu_count())
-    add("--device", default="cpu")
+    add("--threads", type=int, default=os.cpu_count(), help="of the CPU")
+    add("--device", default="cpu", help="cpu, or cuda")
     add("--out", type=Path, help="default: results/optimizers.jsonl, quick: results/quick.jsonl")
     return parser
 

@@ -248,7 +248,9 @@ def report(result: dict[str, Any]) -> str:
 def main(argv: list[str] | None = None) -> None:
     """Measures the chosen problems and writes `quantities.json` and `quantities.md`."""
     parser = harness.arguments(__doc__, rounds=15, problems=CLASSIFIERS)
-    parser.add_argument("--quantity", action="append", choices=[q.name for q in QUANTITIES])
+    parser.add_argument(
+        "--quantity", action="append", choices=[q.name for q in QUANTITIES], help="may be repeated"
+    )
     args = parser.parse_args(argv)
     harness.pin(args.threads, args.seed)
     rounds = 3 if args.quick else args.rounds

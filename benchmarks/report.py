@@ -413,8 +413,10 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--runs", type=Path, default=harness.RESULTS / "optimizers.jsonl")
-    parser.add_argument("--out", type=Path, default=harness.RESULTS)
+    parser.add_argument(
+        "--runs", type=Path, default=harness.RESULTS / "optimizers.jsonl", help="raw lines"
+    )
+    parser.add_argument("--out", type=Path, default=harness.RESULTS, help="folder to write to")
     parser.add_argument("--into", type=Path, help="a Markdown file whose marked tables to refill")
     args = parser.parse_args(argv)
     records = load(args.runs)

@@ -159,7 +159,7 @@ def example(name):
     run = known().get(name, {})
     parts = [f"# {title}", text]
     if "seconds" in run:
-        parts.append(f"With its defaults it takes {run['seconds']:.0f} seconds on one CPU core.")
+        parts.append(f"With its defaults it takes {run['seconds']:.0f} seconds of one CPU core.")
     if (DOCS / "gallery" / f"{name}.png").exists():
         parts.append(f"![{title}](../../gallery/{name}.png)")
     printed = DOCS / "gallery" / f"{name}.txt"

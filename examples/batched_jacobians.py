@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 from compare import agree
+from matplotlib.colors import SymLogNorm
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -63,18 +64,27 @@ def plain_autograd(model: nn.Module, x: Tensor) -> Jacobian:
     return {p: torch.stack(part).view(*fs.shape, *p.shape) for p, part in stacks}
 
 
-def draw(jacobian: Jacobian, path: Path) -> None:
-    """Draws the Jacobian as one matrix: a row per output of a sample, a column per element."""
-    matrix = torch.cat([j.flatten(2).flatten(0, 1) for j in jacobian.values()], 1)
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
-    axes = figure.subplots()
-    bound = matrix.abs().quantile(0.99).item()
-    image = axes.imshow(matrix, aspect="auto", cmap="RdBu", vmin=-bound, vmax=bound)
-    ends = torch.tensor([j[0, 0].numel() for j in jacobian.values()]).cumsum(0)
-    for end in ends[:-1].tolist():
-        axes.axvline(end - 0.5, color="0.3", linewidth=0.6)
-    axes.set(xlabel="element of the parameters, layer by layer", ylabel="sample and output")
-    figure.colorbar(image, label="derivative")
+def draw(jacobian: Jacobian, names: list[str], path: Path) -> None:
+    """Draws the Jacobian, a panel per parameter: a row per output of a sample.
+
+    The colours reach to the largest derivative; most are far smaller, so the scale is logarithmic
+    beyond a hundredth of it.
+    """
+    parts = [j.flatten(2).flatten(0, 1) for j in jacobian.values()]
+    bound = max(part.abs().max().item() for part in parts)
+    norm = SymLogNorm(bound / 100, vmin=-bound, vmax=bound)
+    figure = Figure(figsize=(9, 4), layout="constrained")
+    widths = [part.shape[1] ** 0.5 for part in parts]
+    panels = figure.subplots(1, len(parts), sharey=True, width_ratios=widths)
+    for axes, part, name in zip(panels, parts, names, strict=True):
+        image = axes.imshow(part, aspect="auto", cmap="RdBu", norm=norm, interpolation="nearest")
+        axes.set(title=name, xticks=[0, part.shape[1] - 1] if part.shape[1] > 9 else [])
+        axes.set_xlabel(f"{part.shape[1]} elements")
+    outputs = next(iter(jacobian.values())).shape[1]
+    ticks = range(0, len(parts[0]), 2 * outputs)
+    panels[0].set_yticks(ticks, [f"sample {t // outputs}" for t in ticks])
+    figure.colorbar(image, ax=panels, label="derivative of an output")
+    figure.suptitle(f"Jacobian: each row one of the {outputs} outputs of a sample", fontsize=10)
     figure.savefig(path, dpi=150)
 
 
@@ -111,7 +121,7 @@ def main() -> None:
             agree(f"  {parameter} {list(jacobian[p].shape)}", jacobian[p], rows)
 
     args.out.mkdir(parents=True, exist_ok=True)
-    draw(truth, args.out / "jacobian.png")
+    draw(truth, [name for name, _ in model.named_parameters()], args.out / "jacobian.png")
     print(f"picture: {args.out / 'jacobian.png'}")
 
 

@@ -19,6 +19,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from tqdm import tqdm
 
 import curvopt
 from curvopt.datasets import mnist
@@ -49,12 +50,12 @@ def main() -> None:
         description="Trains on MNIST with growing batches.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("--rule", choices=RULES, default="scale")
-    parser.add_argument("--epochs", type=int, default=4)
+    parser.add_argument("--rule", choices=RULES, default="scale", help="which number decides")
+    parser.add_argument("--epochs", type=int, default=4, help="over the images")
     parser.add_argument("--batch-size", type=int, default=32, help="of the first step")
     parser.add_argument("--largest", type=int, default=1024, help="the largest batch size")
-    parser.add_argument("--lr", type=float, default=0.05)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--lr", type=float, default=0.05, help="learning rate")
+    parser.add_argument("--seed", type=int, default=0, help="of weights and batches")
     parser.add_argument("--data-dir", help="folder of MNIST's IDX files (None: found or fetched)")
     parser.add_argument("--smoke", action="store_true", help="one epoch of 512 images, as a check")
     args = parser.parse_args()
@@ -83,14 +84,17 @@ def main() -> None:
     size, steps, start = args.batch_size, 0, time.perf_counter()
     for epoch in range(1, args.epochs + 1):
         order, at, losses = torch.randperm(len(labels)), 0, []
+        progress = tqdm(total=len(labels), desc=f"epoch {epoch}", unit="images", leave=False)
         while at < len(labels):
             batch = order[at : at + size]
             at, steps = at + size, steps + 1
+            progress.update(len(batch))
             x, y = images[batch], labels[batch]
             losses.append(optimizer.step(lambda x=x, y=y: F.cross_entropy(model(x), y)).detach())
             # The averages behind `noise` need some measurements; then, doubling at most.
             if steps % 100 == 0 and RULES[args.rule](optimizer.noise) > size:
                 size = min(2 * size, args.largest)
+        progress.close()
         scale = optimizer.noise.scale
         print(
             f"epoch {epoch}/{args.epochs}: batches of {size}, noise scale "

@@ -31,6 +31,18 @@ OPTIMIZERS = {
     "adam": lambda params, **options: torch.optim.Adam(params, **options),
     "sgd": lambda params, lr=0.05: torch.optim.SGD(params, lr, momentum=0.9),
 }
+# What the pictures call them.
+NAMES = {
+    "diag_ggn": "DiagGGNOptimizer",
+    "variance_adaptive": "VarianceAdaptiveSGD",
+    "adam": "torch.optim.Adam",
+    "sgd": "torch.optim.SGD, momentum",
+}
+TITLES = {
+    "logistic": "logistic regression",
+    "mlp": "784-512-256-10 network",
+    "2c2d": "2C2D network",
+}
 MODELS = {
     "logistic": lambda: nn.Sequential(nn.Flatten(), nn.Linear(784, 10)),
     "mlp": lambda: nn.Sequential(
@@ -119,20 +131,27 @@ def train(name: str, data: Digits, args: argparse.Namespace) -> Curves:
 
 
 def draw(runs: dict[str, Curves], title: str, path: Path) -> None:
-    """Draws the loss of each step (a mean over the last twentieth of an epoch) and the accuracy."""
-    figure = Figure(figsize=(9, 3.4), layout="constrained")
-    left, right = figure.subplots(1, 2)
+    """Draws loss (a mean over the last twentieth of an epoch) and accuracy, by epochs and time."""
+    figure = Figure(figsize=(11, 3.6), layout="constrained")
+    panels = figure.subplots(1, 3)
     for name, curves in runs.items():
-        epochs = len(curves.accuracy)
+        epochs, label = len(curves.accuracy), NAMES.get(name, name)
         window = max(1, len(curves.loss) // epochs // 20)
         smooth = torch.tensor(curves.loss).unfold(0, window, 1).mean(1)
         steps = torch.arange(window, len(curves.loss) + 1) / len(curves.loss) * epochs
-        left.plot(steps, smooth, label=name, linewidth=1)
-        right.plot(range(1, epochs + 1), [100 * a for a in curves.accuracy], "o-", label=name)
-    left.set(xlabel="epoch", ylabel="training loss", yscale="log")
-    right.set(xlabel="epoch", ylabel="test accuracy (%)", xticks=range(1, epochs + 1))
-    right.legend(frameon=False)
-    for axes in (left, right):
+        clock = torch.tensor([0.0, *curves.seconds]).cumsum(0)
+        whole = steps.long().clamp(max=epochs - 1)  # epochs that are over
+        times = clock[whole] + (steps - whole) * (clock[whole + 1] - clock[whole])
+        accuracies = [100 * a for a in curves.accuracy]
+        panels[0].plot(steps, smooth, label=label, linewidth=1)
+        panels[1].plot(times, smooth, label=label, linewidth=1)
+        panels[2].plot(clock[1:], accuracies, "o-", label=label)
+    seconds = "seconds of training"
+    panels[0].set(xlabel="epoch", ylabel="training loss", yscale="log")
+    panels[1].set(xlabel=seconds, ylabel="training loss", yscale="log")
+    panels[2].set(xlabel=seconds, ylabel="test accuracy, %")
+    panels[2].legend(frameon=False, fontsize=9)
+    for axes in panels:
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
     figure.suptitle(title)
@@ -145,13 +164,17 @@ def main() -> None:
         description="Trains a network on MNIST.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("--optimizer", nargs="+", choices=OPTIMIZERS, default=["diag_ggn"])
-    parser.add_argument("--model", choices=MODELS, default="mlp")
-    parser.add_argument("--epochs", type=int, default=4)
-    parser.add_argument("--batch-size", type=int, default=128)
+    parser.add_argument(
+        "--optimizer", nargs="+", choices=OPTIMIZERS, default=["diag_ggn"], help="one or several"
+    )
+    parser.add_argument("--model", choices=MODELS, default="mlp", help="what to train")
+    parser.add_argument("--epochs", type=int, default=4, help="over the images")
+    parser.add_argument("--batch-size", type=int, default=128, help="of a step")
     parser.add_argument("--lr", type=float, help="learning rate (None: the optimizer's own)")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--seed", type=int, default=0, help="of weights and batches")
+    parser.add_argument(
+        "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="to train on"
+    )
     parser.add_argument("--data-dir", help="folder of MNIST's IDX files (None: found or fetched)")
     parser.add_argument("--out", type=Path, default="runs", help="folder for the curves")
     parser.add_argument("--smoke", action="store_true", help="one epoch of 512 images, as a check")
@@ -180,7 +203,11 @@ def main() -> None:
     curves = {name: asdict(run) for name, run in runs.items()}
     numbers = {"settings": vars(args), "data": data.source, "runs": curves}
     (args.out / "mnist.json").write_text(json.dumps(numbers, default=str))
-    draw(runs, f"{data.source}, {args.model}, batch {args.batch_size}", args.out / "mnist.png")
+    draw(
+        runs,
+        f"{data.source}, {TITLES[args.model]}, batches of {args.batch_size}",
+        args.out / "mnist.png",
+    )
     print(f"curves: {args.out / 'mnist.png'} and mnist.json")
     for name, run in runs.items():
         seconds = sum(run.seconds) / len(run.seconds)

@@ -17,6 +17,7 @@ import torch
 from compare import agree
 from matplotlib.figure import Figure
 from torch import Tensor, nn
+from tqdm import tqdm
 
 import curvopt
 
@@ -40,7 +41,7 @@ def fit(u: nn.Module, steps: int) -> list[float]:
         loss.backward()
         return loss
 
-    for _ in range(steps):
+    for _ in tqdm(range(steps), "steps", leave=False):
         losses.append(optimizer.step(closure).item())
     return losses
 
@@ -51,10 +52,10 @@ def draw(u: nn.Module, losses: list[float], path: Path) -> None:
     left, right = figure.subplots(1, 2)
     left.plot(x, torch.sin(math.pi * x), color="0.6", linewidth=4, label="solution")
     left.plot(x, u(x).detach(), "--", color="C3", label="network")
-    left.set(xlabel="x", ylabel="u(x)")
+    left.set(xlabel="x", ylabel="u(x)", title="the solution found")
     left.legend(frameon=False)
     right.semilogy(losses)
-    right.set(xlabel="steps of L-BFGS", ylabel="residual and boundary")
+    right.set(xlabel="steps of L-BFGS", ylabel="loss: residual and boundary", title="training")
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=150)

@@ -102,7 +102,7 @@ def draw(curve: list[dict[str, float]], title: str, path: Path) -> None:
     axes.plot(
         [point["epsilon"] for point in curve], [100 * point["accuracy"] for point in curve], "o-"
     )
-    axes.set(xlabel="epsilon", ylabel="test accuracy (%)", title=title)
+    axes.set(xlabel="epsilon spent", ylabel="test accuracy (%)", title=title)
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=150)
@@ -115,15 +115,17 @@ def main() -> None:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("--epsilon", type=float, default=3.0, help="the budget")
-    parser.add_argument("--delta", type=float, default=1e-5)
-    parser.add_argument("--epochs", type=int, default=20)
+    parser.add_argument("--delta", type=float, default=1e-5, help="of the guarantee")
+    parser.add_argument("--epochs", type=int, default=20, help="over the images, on average")
     parser.add_argument("--batch-size", type=int, default=512, help="mean of a logical batch")
     parser.add_argument("--physical-batch-size", type=int, default=1024, help="what fits in memory")
-    parser.add_argument("--lr", type=float, default=0.5)
-    parser.add_argument("--momentum", type=float, default=0.9)
-    parser.add_argument("--max-grad-norm", type=float, default=0.1)
+    parser.add_argument("--lr", type=float, default=0.5, help="learning rate")
+    parser.add_argument("--momentum", type=float, default=0.9, help="as in SGD")
+    parser.add_argument("--max-grad-norm", type=float, default=0.1, help="clipping norm C")
     parser.add_argument("--seed", type=int, default=0, help="of the weights; noise has none")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument(
+        "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="to train on"
+    )
     parser.add_argument("--data-dir", help="folder of MNIST's IDX files (None: found or fetched)")
     parser.add_argument("--out", type=Path, default="runs", help="folder for the results")
     parser.add_argument("--smoke", action="store_true", help="two epochs of 512 images, as a check")

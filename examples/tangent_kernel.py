@@ -75,10 +75,12 @@ def main() -> None:
     left, right = figure.subplots(1, 2)
     image = left.imshow(matrix, extent=(-2, 2, 2, -2))
     left.set(xlabel="x", ylabel="x'", title="tangent kernel")
-    figure.colorbar(image)
+    figure.colorbar(image, label="K(x, x')")
     right.plot(norms[0], label="gradient descent")
     right.plot(norms[1], "--", label="predicted by the kernel")
-    right.set(xlabel="step", ylabel="norm of the residual")
+    right.set(
+        xlabel="step", ylabel="norm of the residual", title="training, and what the kernel says"
+    )
     right.legend(frameon=False)
     args.out.mkdir(parents=True, exist_ok=True)
     figure.savefig(args.out / "kernel.png", dpi=150)

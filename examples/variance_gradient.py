@@ -13,6 +13,7 @@ import torch
 from compare import agree
 from torch import Tensor, nn
 from torch.nn import functional as F
+from tqdm import tqdm
 
 import curvopt
 from curvopt.datasets import mnist
@@ -57,8 +58,8 @@ def main() -> None:
     """Compares the gradients, then follows one of them."""
     parser = argparse.ArgumentParser(description="Gradients of the gradient variance.")
     parser.add_argument("--data-dir", help="folder of MNIST's IDX files (None: found or fetched)")
-    parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--batch-size", type=int, default=64, help="images (default: 64)")
+    parser.add_argument("--steps", type=int, default=20, help="with the penalty (default: 20)")
     parser.add_argument("--smoke", action="store_true", help="a small batch, as a check")
     args = parser.parse_args()
     if args.smoke:
@@ -85,14 +86,14 @@ def main() -> None:
 
     # A penalty on the variance, with any optimizer: here on the small CNN.
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
-    for step in range(args.steps):
+    for step in tqdm(range(args.steps), "steps", leave=False):
         optimizer.zero_grad()
         variance = total_variance(model, x, y)
         loss = F.cross_entropy(model(x), y)
         (loss + 0.01 * variance).backward()
         optimizer.step()
         if step in (0, args.steps - 1):
-            print(f"step {step + 1}: loss {loss.item():.3f}, variance {variance.item():.3f}")
+            tqdm.write(f"step {step + 1}: loss {loss.item():.3f}, variance {variance.item():.3f}")
 
 
 if __name__ == "__main__":

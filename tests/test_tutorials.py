@@ -18,7 +18,12 @@ TUTORIALS = {  # script: its picture
     "custom_module": None,
     "variance_gradient": None,
     "tangent_kernel": "kernel.png",
+    "laplace_backend": "laplace_backend.png",
+    "elastic_weights": "elastic_weights.png",
+    "noise_scale": "noise_scale.png",
+    "influence": "influence.png",
 }
+ON_MNIST = {"variance_gradient", "elastic_weights", "noise_scale", "influence"}
 
 
 @pytest.fixture(autouse=True)
@@ -35,9 +40,11 @@ def _beside_the_scripts(monkeypatch):
 @pytest.mark.parametrize("name", TUTORIALS)
 def test_tutorial(name, tmp_path, monkeypatch, capsys):
     arguments = ["--out", str(tmp_path)] if TUTORIALS[name] else []
-    if name == "variance_gradient":
+    if name in ON_MNIST:
         write_mnist(tmp_path)
-        arguments = ["--data-dir", str(tmp_path)]
+        arguments += ["--data-dir", str(tmp_path)]
+    if name == "laplace_backend":
+        pytest.importorskip("laplace")
     monkeypatch.setattr(sys, "argv", [name, "--smoke", *arguments])
     runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name="__main__")
     assert re.findall(r"largest error against autograd \d", capsys.readouterr().out)

@@ -110,7 +110,8 @@ class Contract(torch.optim.Optimizer):
         They are computed when asked for, from the state as it is, with one read from the device
         for all tensors: nothing is spent in `step`. What is not known (yet) is left out; the
         first entries, ``steps`` and ``lr`` (``lr/0``, ``lr/1``, ... of several groups), always
-        are. The rest is listed with each optimizer.
+        are. The rest is listed with each optimizer. Where `fully_shard` divides parameters, all
+        processes must ask.
 
         Args:
             per_tensor: also each tensor's own numbers, ``"key/name"`` beside ``"key"``, where the

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from curvopt.optim.rate import noise_of
 from curvopt.optim.state import sides
+from curvopt.parallel.shards import local, over_shards
 
 
 @dataclass
@@ -50,45 +50,47 @@ class Stats:
         return {key: float(value) for key, value in (self.overall | parts).items()}
 
 
-def fetched(rows: Iterable[list[Tensor]]) -> list[list[float]]:
-    """Rows of numbers, fetched from their device at once."""
-    kept = [torch.stack([wide(x) for x in row]) for row in rows]
-    if not kept:
+def fetched(params: list[Tensor], rows: list[list[Tensor]]) -> list[list[float]]:
+    """Sums over the parts of parameters that are here, made those over whole ones, as numbers.
+
+    They are fetched from their device at once.
+    """
+    if not rows:
         return []
-    return torch.stack([row.to(kept[0].device) for row in kept]).tolist()
+    kept = [torch.stack(row) for row in rows]
+    sums = torch.stack([row.to(kept[0].device) for row in kept])
+    return over_shards(sums, params).tolist()
 
 
 def wide(x: Tensor) -> Tensor:
-    """In double precision, where a device has it: no square overflows."""
-    return x.float() if x.device.type == "mps" else x.double()
+    """The part that is here in double precision, where a device has it: no square overflows."""
+    part: Tensor = local(x)
+    return part.float() if part.device.type == "mps" else part.double()
 
 
-def length(x: Tensor) -> Tensor:
-    """The norm."""
-    return torch.linalg.vector_norm(wide(x))
+def square(x: Tensor) -> Tensor:
+    """The squared norm."""
+    return torch.linalg.vector_norm(x).square()
 
 
 def diag_ggn(groups: list[dict[str, Any]], states: Any) -> Stats:
     """What `DiagGGNOptimizer` logs, from its state."""
     moved = [(p, g, states[p]) for g in groups for p in g["params"] if states.get(p)]
-    rows = [
-        [
-            length(s["momentum_buffer"]),
-            length(wide(s["momentum_buffer"]) * wide(s["inverse"])),
-            wide(s["curvature"]).mean(),
-        ]
-        for _, _, s in moved
-    ]
+    rows = []
+    for _, _, state in moved:
+        m, inverse = wide(state["momentum_buffer"]), wide(state["inverse"])
+        rows.append([square(m), square(m * inverse), wide(state["curvature"]).sum()])
+    sums = fetched([p for p, _, _ in moved], rows)
     rate: dict[Tensor, float] = {}
     signal, step, curvature = dict(rate), dict(rate), dict(rate)
-    for (p, group, state), (mean, newton, h) in zip(moved, fetched(rows), strict=True):
+    for (p, group, state), (mean, newton, h) in zip(moved, sums, strict=True):
         mu, t = group["momentum"], state["step"]
         corrected = 1 / (1 - mu**t)
         rate[p] = float(group["lr"]) * math.exp(state.get("log_rate", 0.0))
-        step[p] = rate[p] * min(newton * corrected / p.numel() ** 0.5, group["max_step"])
-        curvature[p] = h / state["weight"]
+        step[p] = rate[p] * min(math.sqrt(newton / p.numel()) * corrected, group["max_step"])
+        curvature[p] = h / state["weight"] / p.numel()
         if mu and state.get("energy_weight"):
-            signal[p] = _signal(group, state, mean * corrected)
+            signal[p] = _signal(group, state, mean * corrected**2)
     stats = Stats()
     stats.mean("rate", rate)
     stats.mean("signal", signal)
@@ -98,12 +100,12 @@ def diag_ggn(groups: list[dict[str, Any]], states: Any) -> Stats:
 
 
 def _signal(group: dict[str, Any], state: dict[str, Any], mean: float) -> float:
-    """The share of signal that the rate follows, from the norm of the averaged gradient."""
+    """The share of signal that the rate follows, from the averaged gradient's squared norm."""
     if state["step"] < 2:
         return 0.0
     noise = noise_of(group["momentum"], state["step"])
     energy = state["energy"] / state["energy_weight"]
-    r = min(1.0, mean**2 / energy) if energy > 0 else 1.0
+    r = min(1.0, mean / energy) if energy > 0 else 1.0
     return (r - noise) / (1 - noise)
 
 
@@ -115,14 +117,15 @@ def polar(groups: list[dict[str, Any]], states: Any) -> Stats:
     moved = [
         (p, g, states[p]) for g in groups for p in g["params"] if "signal" in states.get(p, ())
     ]
-    rows = [[length(s["momentum_buffer"]), length(s["signal"])] for _, _, s in moved]
+    rows = [[square(wide(s["momentum_buffer"])), square(wide(s["signal"]))] for _, _, s in moved]
+    sums = fetched([p for p, _, _ in moved], rows)
     rate, signal, step = (known.tensors.get(k, {}) for k in ("rate", "signal", "step_rms"))
-    for (p, group, state), (m, mean) in zip(moved, fetched(rows), strict=True):
+    for (p, group, state), (m, mean) in zip(moved, sums, strict=True):
         corrected = 1 / (1 - group["momentum"] ** state["step"])
         rate[p] = float(group["lr"]) * math.exp(state.get("log_rate", 0.0))
-        step[p] = rate[p] * corrected * m * (max(sides(p)) / p.numel()) ** 0.5
+        step[p] = rate[p] * corrected * math.sqrt(m * max(sides(p)) / p.numel())
         if group["momentum"] and state.get("energy_weight"):
-            signal[p] = _signal(group, state, mean * corrected)
+            signal[p] = _signal(group, state, mean * corrected**2)
     stats = Stats()
     stats.mean("rate", rate)
     stats.mean("signal", signal)
@@ -141,8 +144,8 @@ def variance_adaptive(groups: list[dict[str, Any]], states: Any, noise: Any = No
         factor = squares / (squares + spread)
         if group["debiased"]:
             factor = torch.where(squares > 0, (1 - spread / squares).clamp(min=0), 0)
-        rows.append([length(b), length(factor * b), s.mean()])
-    numbers = fetched(rows)
+        rows.append([square(b), square(factor * b), s.sum()])
+    sums = fetched([p for p, _, _ in moved], rows)
     stats = Stats()
     if noise is not None:
         fields = {f"noise/{key}": value for key, value in asdict(noise).items()}
@@ -151,12 +154,12 @@ def variance_adaptive(groups: list[dict[str, Any]], states: Any, noise: Any = No
         return stats
     gain: dict[Tensor, float] = {}
     step, variance = dict(gain), dict(gain)
-    for (p, group, _), (full, gained, mean) in zip(moved, numbers, strict=True):
-        gain[p] = gained / full if full else 1.0
-        step[p] = float(group["lr"]) * gained / p.numel() ** 0.5
-        variance[p] = mean
-    full, gained = (math.hypot(*column) for column in list(zip(*numbers, strict=True))[:2])
-    stats.tensors["gain"], stats.overall["gain"] = gain, gained / full if full else 1.0
+    for (p, group, _), (whole, left, total) in zip(moved, sums, strict=True):
+        gain[p] = math.sqrt(left / whole) if whole else 1.0
+        step[p] = float(group["lr"]) * math.sqrt(left / p.numel())
+        variance[p] = total / p.numel()
+    whole, left = (sum(column) for column in [*zip(*sums, strict=True)][:2])
+    stats.tensors["gain"], stats.overall["gain"] = gain, math.sqrt(left / whole) if whole else 1.0
     stats.root_mean_square("step_rms", step)
     stats.mean("variance", variance)
     return stats
