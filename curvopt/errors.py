@@ -9,6 +9,10 @@ class Coupled(CurvoptError):
     """The loss, as it was recorded, is no sum over samples."""
 
 
+class NoSamples(CurvoptError):
+    """Nothing but parameters and buffers was seen to reach the loss."""
+
+
 class Uncovered(CurvoptError):
     """A use that its op's rule does not cover after all; the engine takes the slow path."""
 

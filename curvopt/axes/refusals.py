@@ -8,7 +8,7 @@ from curvopt.axes.linking import Conflict
 from curvopt.axes.ops import Ref
 from curvopt.axes.owners import Meeting
 from curvopt.axes.readings import Reading
-from curvopt.errors import Coupled, CurvoptError
+from curvopt.errors import Coupled, CurvoptError, NoSamples
 
 _WAY_OUT = (
     "Per-sample quantities exist only where every row of the loss depends on one sample: use "
@@ -99,9 +99,9 @@ def contradicts(batch_size: int, n: int, found: Sequence[Reading]) -> CurvoptErr
     )
 
 
-def no_data() -> CurvoptError:
+def no_data() -> NoSamples:
     """Nothing that could hold samples reaches the loss."""
-    return CurvoptError(
+    return NoSamples(
         "no samples found: the loss depends on parameters and buffers only. Record the forward "
         "pass and the loss together, and pass the data as tensors that are no parameters or "
         "buffers; a loss computed outside the recorded pass cannot be used"

@@ -17,6 +17,7 @@ from curvopt.engine.hessian import Hessian
 from curvopt.engine.hooks import catch, check_backward
 from curvopt.engine.own import kind_of
 from curvopt.engine.paths import REENTRANT, walk
+from curvopt.engine.penalties import penalty_gradients
 from curvopt.engine.plan import Plan, uses_of
 from curvopt.engine.planner import plan_of
 from curvopt.engine.reduction import Reduction
@@ -145,7 +146,9 @@ class Computation(Reduction):
     def reached(self) -> list[Call]:
         """The calls that the loss leads to, and that no other loss may share."""
         calls = self.record.calls
-        return [calls[index] for index in self._plan.reached]
+        if self.plan is None:  # it holds no sample
+            return calls
+        return [calls[index] for index in self.plan.reached]
 
     @property
     def shared(self) -> list[list[int]]:
@@ -156,6 +159,22 @@ class Computation(Reduction):
     def updated(self) -> list[Tensor]:
         """Buffers that the pass wrote samples to."""
         return [self.record.silent[index] for index in self._plan.updated]
+
+    def penalty_gradients(self) -> dict[Tensor, Tensor]:
+        """Gradients of the parts of the loss that hold no sample, of parameters they depend on.
+
+        Raises:
+            CurvoptError: such a part is made of more than parameters, buffers and numbers, or is
+                scaled by something of the samples.
+        """
+        self.prepare()
+        if not self._plan.loose:
+            return {}
+        if self._plan.impure:
+            raise CurvoptError(self._plan.impure)
+        terms = [self.record.losses[index] for index in self._plan.terms]
+        with self.tape.trace.paused():
+            return penalty_gradients(self.loss, terms, self.tape.params)
 
     @property
     def derives(self) -> bool:

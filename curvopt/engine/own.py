@@ -151,8 +151,14 @@ class OwnLoss:
         return CurvoptError(
             f"how the loss is reduced over the samples is not known ({self.term.name}: {why}): "
             "give reduction='mean' (a sample's own loss is N times its part of the loss) or "
-            "reduction='sum' (its part)"
+            f"reduction='sum' (its part){TRAINER if 'a sum scaled' in why else ''}"
         )
+
+
+TRAINER = (
+    ". In transformers.Trainer it is num_items_in_batch, the tokens of the whole batch: say "
+    "trainer.model_accepts_loss_kwargs = False; private steps: curvopt.privacy.PrivateTrainerMixin"
+)
 
 
 def kind_of(terms: Iterable[OwnLoss]) -> str | None:

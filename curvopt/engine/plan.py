@@ -28,6 +28,7 @@ class Plan:
         overlapping: whether other terms hold samples of theirs as well.
         weighed: the weight of the rows that depends on several samples, if there is one.
         loose: a part of the loss that no recorded loss accounts for, and that holds no samples.
+        impure: why such a part is not of the parameters alone; empty if it is.
         uses: number of the call, names of the tracked arguments, layout of the output.
         own: number of the call, name of the argument, layout of the value that holds a part for
             every sample.
@@ -48,6 +49,7 @@ class Plan:
     overlapping: bool = False
     weighed: str = ""
     loose: bool = False
+    impure: str = ""
     uses: list[tuple[int, tuple[Any, ...], Layout]] = field(default_factory=list)
     own: list[tuple[int, Any, Layout]] = field(default_factory=list)
     derived: list[int] = field(default_factory=list)
@@ -100,7 +102,8 @@ def key_of(tape: Tape, loss: Tensor) -> Any:
     )
     losses = tuple((loss.name, loss.reduction, loss.mark, loss.value_ref) for loss in record.losses)
     silent = tuple(trace.ref(t).storage for t in [*tape.names, *record.silent])
-    return trace.key, trace.ref(loss), tape.batch_size, calls, losses, silent, len(trace.reads)
+    settings = tape.batch_size, tape.views
+    return trace.key, trace.ref(loss), settings, calls, losses, silent, len(trace.reads)
 
 
 def uses_of(plan: Plan, tape: Tape) -> dict[Use, Layout]:

@@ -7,6 +7,7 @@ from torch import Tensor
 from curvopt.axes.endings import Ending, Way, ending, marks_of, ways
 from curvopt.axes.layout import Layout, owned, single
 from curvopt.axes.wiring import steps_of
+from curvopt.engine.penalties import beside, impure
 from curvopt.engine.plan import Plan, key_of, made_once
 from curvopt.engine.resolve import Resolver, made_by
 from curvopt.engine.terms import PENALTY, loss_terms
@@ -73,12 +74,15 @@ class Planner(Resolver):
             stops[made_by(self.trace, at)] = term
         found = ways(self.trace, self.loss_ref, {s for s in stops if s is not None})
         self.arithmetic = {step.index for way in found for step in way.steps}
-        self.marks = [*self.marks, *marks_of(found)]
+        self.marks = [*self.marks, *marks_of(found), *beside(found)]
         self._replay()
         by_term: dict[Loss, list[Ending]] = {term: [] for term in terms}
+        free: list[Way] = []  # to what holds no samples
         for way in found:
             met = stops.get(way.stop)
             if met is not None:
+                if self._owners(*met.mark) is None:
+                    free.append(way)
                 by_term[met].append(
                     ending(way, self._owners, self._ragged, self._filled, self.silent)
                 )
@@ -86,6 +90,7 @@ class Planner(Resolver):
                 self._refuse(way)
             else:
                 loose = True
+                free.append(way)
         kept = [t for t in terms if self._owners(*t.mark) is not None or not self.n]
         loose = loose or len(kept) < len(terms)
         if not kept:
@@ -100,6 +105,8 @@ class Planner(Resolver):
             weighed=self._weighed(kept),
             loose=loose,
         )
+        why = (impure(self.trace, way, self._owners, self.silent) for way in free)
+        plan.impure = next(filter(None, why), "") if loose else ""
         present = [self.n if layout is None else layout.present for layout in layouts]
         plan.partial = sum(number < self.n for number in present)
         plan.overlapping = plan.partial > 0 and sum(present) > self.n

@@ -14,6 +14,7 @@ from curvopt.axes.layout import Layout, owned
 from curvopt.axes.rules.packed import orderings
 from curvopt.axes.samples import Samples
 from curvopt.axes.trace import Ref
+from curvopt.axes.views import grouped
 from curvopt.errors import CurvoptError, Uncovered
 from curvopt.recording.tape import Tape
 from curvopt.recording.uses import Call, Mark, Shared, Use
@@ -36,9 +37,10 @@ class Resolver:
         silent = {self.trace.ref(t).storage for t in [*tape.names, *self.record.silent]}
         silent |= orderings(self.trace)
         self.silent = silent
-        self.samples: Samples = infer(
-            self.trace, self.loss_ref, silent=silent, batch_size=tape.batch_size
-        )
+        views, order = tape.views
+        size = tape.batch_size and tape.batch_size * views
+        rows = infer(self.trace, self.loss_ref, silent=silent, batch_size=size)
+        self.samples: Samples = grouped(rows, views, order)
         self.n = self.samples.n
         self.value_dependent = self.samples.value_dependent
         self.claims: dict[Mark, Tensor] = {}

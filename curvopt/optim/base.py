@@ -250,7 +250,7 @@ class EngineOptimizer(Joined):
                     output=output,
                     finite=self.finite_loss,
                     declared=not self.goes_backward,
-                    penalties=self.goes_backward,
+                    penalties=True,
                 )
 
             def on(retain: bool = False) -> None:
@@ -274,13 +274,17 @@ class EngineOptimizer(Joined):
         if self._unchanged():
             return
         for p in self._parameters():
-            if p.grad is not None and local(p.grad).any():
+            if self._is_filled(p):
                 raise CurvoptError(
                     f"{self._name(p)} holds a gradient that was not recorded, so nothing is known "
                     "of its samples: call zero_grad() first, and run every backward pass of a "
                     "step inside its closure or `with opt.record():`"
                 )
         self.zero_grad()
+
+    def _is_filled(self, p: Tensor) -> bool:
+        """Whether there is a gradient, which must have come from somewhere."""
+        return p.grad is not None and bool(local(p.grad).any())
 
     def _unchanged(self) -> bool:
         """Whether ``p.grad`` is as the last recorded pass or step left it."""

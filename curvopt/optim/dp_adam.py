@@ -6,11 +6,16 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Generator, Tensor
 
+from curvopt.axes.views import ViewOrder
+from curvopt.optim.accounted import Sampler
+from curvopt.optim.clip import Clipping
 from curvopt.optim.private import PrivateOptimizer
 from curvopt.optim.state import held
 from curvopt.privacy.checks import require
+from curvopt.privacy.clipping import QuantileClipping
+from curvopt.privacy.schedules import Schedule
 
 
 class DPAdam(PrivateOptimizer):
@@ -36,8 +41,21 @@ class DPAdam(PrivateOptimizer):
             is the noise's standard deviation :math:`\sigma C / B` or somewhat less.
         weight_decay: decoupled, as in `torch.optim.AdamW`.
         maximize: ascend instead of descend.
-        **privacy: as in `DPSGD`: ``noise_multiplier``, ``max_grad_norm``, ``expected_batch_size``
-            and the rest.
+        noise_multiplier, max_grad_norm, expected_batch_size: sigma, C and B of `DPSGD`, which has
+            more to say of these and all that follow.
+        clipping: ``"flat"``, ``"per_layer"`` or ``"automatic"``.
+        sampler: what draws the batches, or its kind.
+        sample_rate: q, where the sampler does not say it.
+        num_samples: size of the data set, where the sampler does not say it.
+        generator: of the noise, to repeat a run.
+        secure_noise: sums of four float64 draws.
+        process_group: whose batches make up one logical batch.
+        batch_size: number of samples, where the data flow leaves two readings.
+        reduction: what a sample's own loss is, where the loss does not say it.
+        views, view_order: rows per sample, and their order.
+
+    Raises:
+        CurvoptError: as `DPSGD`.
 
     Example:
         >>> model = torch.nn.Linear(4, 3)
@@ -58,10 +76,40 @@ class DPAdam(PrivateOptimizer):
         eps: float = 1e-3,
         weight_decay: float = 0.0,
         maximize: bool = False,
-        **privacy: Any,
+        noise_multiplier: float | Schedule,
+        max_grad_norm: float | Schedule | QuantileClipping,
+        expected_batch_size: float,
+        clipping: Clipping = "flat",
+        sampler: Sampler = "none",
+        sample_rate: float | None = None,
+        num_samples: int | None = None,
+        generator: Generator | None = None,
+        secure_noise: bool = False,
+        process_group: Any = None,
+        batch_size: int | None = None,
+        reduction: str | None = None,
+        views: int = 1,
+        view_order: ViewOrder = "sample",
     ):
         defaults = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, maximize=maximize)
-        super().__init__(params, defaults, **privacy)
+        super().__init__(
+            params,
+            defaults,
+            noise_multiplier=noise_multiplier,
+            max_grad_norm=max_grad_norm,
+            expected_batch_size=expected_batch_size,
+            clipping=clipping,
+            sampler=sampler,
+            sample_rate=sample_rate,
+            num_samples=num_samples,
+            generator=generator,
+            secure_noise=secure_noise,
+            process_group=process_group,
+            batch_size=batch_size,
+            reduction=reduction,
+            views=views,
+            view_order=view_order,
+        )
 
     def _validate(self, group: dict[str, Any]) -> None:
         super()._validate(group)

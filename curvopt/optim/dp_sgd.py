@@ -8,9 +8,11 @@ from typing import Any
 import torch
 from torch import Generator, Tensor
 
+from curvopt.axes.views import ViewOrder
 from curvopt.errors import CurvoptError
+from curvopt.optim.accounted import Sampler
 from curvopt.optim.clip import Clipping
-from curvopt.optim.private import PrivateOptimizer, Sampler
+from curvopt.optim.private import PrivateOptimizer
 from curvopt.optim.state import held
 from curvopt.privacy.clipping import QuantileClipping
 from curvopt.privacy.schedules import Schedule
@@ -50,8 +52,10 @@ class DPSGD(PrivateOptimizer):
             ``C / (|g_n| + 0.01)``, at most C as well; C then only scales the learning rate.
         sampler: what draws the batches: the `DataLoader` or `curvopt.privacy.PoissonBatchSampler`
             itself, from which rate and number of samples follow, or one of ``"poisson"``,
-            ``"shuffle"`` (each sample once an epoch) and ``"none"``, nothing known: each step is
-            then accounted as if it had seen all samples. Only Poisson sampling is amplified.
+            ``"shuffle"`` (each sample once an epoch) and ``"none"``, a sample once in a batch: each
+            step is then accounted as if it had seen all samples. Only Poisson sampling is
+            amplified. A loader that may draw a sample twice is refused. Of one that hands out
+            logical batches in parts (`PoissonBatchSampler.in_parts`), all parts make one step.
         sample_rate: q, the probability of a sample to be in a batch; for ``"shuffle"``
             1 / (batches of an epoch). Default: ``expected_batch_size / num_samples``.
         num_samples: size of the data set, to check ``delta < 1 / num_samples``.
@@ -63,23 +67,37 @@ class DPSGD(PrivateOptimizer):
         batch_size: number of samples, where the data flow leaves two readings; checked against it.
         reduction: ``"mean"`` or ``"sum"``: what a sample's own loss is where a sum is scaled by
             something that may be a count: N times its part of the loss, or its part.
+        views: K, where the data hold K rows per sample, such as augmented ones: the gradient of a
+            sample is the mean over its K views, and is clipped as one (De et al. 2022). Views that
+            are made inside the closure, or have an axis of their own in the data (``[N, K, *]``,
+            flattened in the closure), belong to their sample anyway: then leave it out.
+        view_order: ``"sample"``: a sample's views follow one another, row nK + k
+            (``x.repeat_interleave(K, 0)``); ``"view"``: all first views, then all second ones, row
+            kN + n (``torch.cat(views)``).
         foreach: accepted as in `torch.optim.SGD`; in place, moving together takes no more memory.
 
     Raises:
         CurvoptError: an argument is out of range; in `step`, whatever would break the guarantee:
             an op in which samples meet, detached or not; a buffer that the forward pass updates; a
-            scaled sum that ``reduction`` does not declare; a penalty; a hook on a parameter; a
-            ``p.grad`` that something else has filled.
+            scaled sum that ``reduction`` does not declare; a hook on a parameter; a ``p.grad`` that
+            something else has filled.
 
     Note:
         * The privacy unit is the sample, as the data flow keeps it apart. A logical batch may come
           in micro-batches (`curvopt.privacy.micro_batches`): each has its own ``backward()`` in one
           closure, none is rescaled, noise is added once. A sample belongs in one of them only.
+        * Between ``backward()`` and ``step()``, ``p.grad`` may be read, clipped and scaled: it is
+          the private gradient, whose noise is drawn, and which is accounted, as it is looked at.
+        * A term of the loss that holds no sample (a proximal term, a penalty) adds its own gradient
+          after the noise. Parameters, buffers and numbers aside it may hold what has the shape of a
+          parameter, such as what it is pulled to; nothing of that may be made of the samples.
         * An empty batch is a step: noise alone, accounted; `empty_step` takes it without the model.
         * Data parallel: every process builds the same model, unwrapped, and the same optimizer, and
           steps on its own samples, such as those of a ``PoissonBatchSampler`` with its ``rank``;
           B is that of all processes together. Clipped sums are added up on the first process, which
           adds the noise, once, and hands the result to all.
+        * A state that is loaded into an optimizer that has gone on since it was saved forgets none
+          of the steps in between, and repeats none of the noise.
         * A sample whose gradient is not finite contributes nothing; see `nonfinite_samples`.
         * Not private: the loss that `step` returns, `norms`, `clip_fraction`, `nonfinite_samples`,
           and the state of the noise's generator in `state_dict`.
@@ -100,7 +118,8 @@ class DPSGD(PrivateOptimizer):
 
     References:
         Abadi et al. 2016, arXiv 1607.00133. One backward pass: Bu et al. 2022, arXiv 2210.00038.
-        Automatic clipping: Bu et al. 2022, arXiv 2206.07136.
+        Automatic clipping: Bu et al. 2022, arXiv 2206.07136. Views: De et al. 2022, arXiv
+        2204.13650.
     """
 
     def __init__(
@@ -124,6 +143,8 @@ class DPSGD(PrivateOptimizer):
         process_group: Any = None,
         batch_size: int | None = None,
         reduction: str | None = None,
+        views: int = 1,
+        view_order: ViewOrder = "sample",
         foreach: bool | None = None,
     ):
         if nesterov and not momentum:
@@ -147,6 +168,8 @@ class DPSGD(PrivateOptimizer):
             process_group=process_group,
             batch_size=batch_size,
             reduction=reduction,
+            views=views,
+            view_order=view_order,
         )
 
     def _move(

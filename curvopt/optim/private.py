@@ -2,42 +2,34 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from copy import copy
 from typing import Any
+from weakref import ref
 
 import torch
-from torch import Generator, Tensor
-from torch.utils.data import DataLoader
+from torch import Tensor
 
 from curvopt.engine.computation import Computation
-from curvopt.errors import CurvoptError
+from curvopt.engine.penalties import alone
+from curvopt.errors import CurvoptError, NoSamples
+from curvopt.optim.accounted import Accounted, check_noise
 from curvopt.optim.base import Closure, wrapped_by
-from curvopt.optim.clip import Clip, Clipping, check_norm
+from curvopt.optim.clip import Clip, check_norm
 from curvopt.optim.joined import Backward
+from curvopt.optim.logical import LogicalBatch, zeros_for
 from curvopt.optim.private_shards import privatized
-from curvopt.optim.private_stats import PrivateStats
-from curvopt.optim.private_tape import PrivateTape, detached
+from curvopt.optim.private_tape import PrivateTape, detached, refuse_hooks, refuse_leaks
 from curvopt.optim.sizes import check_sizes
-from curvopt.parallel.shards import is_sharded
-from curvopt.privacy.accounting import PrivacyLedger
-from curvopt.privacy.checks import require
 from curvopt.privacy.clipping import QuantileClipping
-from curvopt.privacy.epsilon import Accountant
-from curvopt.privacy.noise import GaussianNoise
-from curvopt.privacy.report import PrivacyReport
-from curvopt.privacy.sampling import PoissonBatchSampler, SamplerKind, check_ranks, sampling_of
-from curvopt.privacy.schedules import Schedule, value_at
-from curvopt.privacy.withheld import release, withhold
+from curvopt.privacy.schedules import value_at
+from curvopt.privacy.withheld import Withheld, release, withhold
 from curvopt.quantities import Quantity
 from curvopt.recording.tape import Tape
 
-Sampler = SamplerKind | DataLoader | PoissonBatchSampler
 
-
-class PrivateOptimizer(PrivateStats):
+class PrivateOptimizer(Accounted):
     """What private optimizers share: `p.grad` is a noisy sum of clipped gradients, and accounted.
 
     A subclass says in `_move` how parameters move. The arguments are those of `DPSGD`.
@@ -53,57 +45,14 @@ class PrivateOptimizer(PrivateStats):
             finite. Not private.
     """
 
-    saved = ("steps", "nonfinite_samples")
     restores_gradients = False  # they are the last step's, already used: the memory is better used
     takes_shards = True
     goes_backward = False  # a gradient without noise must not exist on a parameter
     finite_loss = False  # one sample may make it infinite; its gradient is left out then
 
-    def __init__(
-        self,
-        params: Any,
-        defaults: dict[str, Any],
-        *,
-        noise_multiplier: float | Schedule,
-        max_grad_norm: float | Schedule | QuantileClipping,
-        expected_batch_size: float,
-        clipping: Clipping = "flat",
-        sampler: Sampler = "none",
-        sample_rate: float | None = None,
-        num_samples: int | None = None,
-        generator: Generator | None = None,
-        secure_noise: bool = False,
-        process_group: Any = None,
-        batch_size: int | None = None,
-        reduction: str | None = None,
-    ):
-        if not callable(noise_multiplier):
-            _check_noise(noise_multiplier)
-        if not (callable(max_grad_norm) or isinstance(max_grad_norm, QuantileClipping)):
-            check_norm(max_grad_norm, clipping)
-        size = expected_batch_size
-        require(0 < size < math.inf, "expected batch size", size, "must be positive and finite")
-        require(clipping in ("flat", "per_layer", "automatic"), "clipping", clipping, "is unknown")
-        super().__init__(
-            params,
-            defaults,
-            batch_size=batch_size,
-            reduction=reduction,
-            process_group=process_group,
-        )
-        self.noise_multiplier, self.max_grad_norm = noise_multiplier, max_grad_norm
-        self.expected_batch_size, self.clipping = expected_batch_size, clipping
-        self.sampler, self.sample_rate, num_samples = sampling_of(
-            sampler, sample_rate, num_samples, expected_batch_size
-        )
-        self.ledger = PrivacyLedger(num_samples)
-        self.norms: Tensor | None = None
-        self.nonfinite_samples = 0
-        self._noise = GaussianNoise(generator, secure=secure_noise)
-        self._place = self._ranks.place
-        check_ranks(sampler, *self._place)
-        self._spent = False
-        self._sizes = (-1, 0)  # of the last logical batch, and how often in a row
+    # Of the step under way.
+    _spent = _stepping = False
+    _last_tape: Callable[[], Tape | None] = staticmethod(lambda: None)
 
     def _move(
         self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor]
@@ -118,29 +67,45 @@ class PrivateOptimizer(PrivateStats):
     # -- one logical batch ------------------------------------------------------------------------
 
     def record(self) -> AbstractContextManager[Any]:
-        """Record the forward and backward passes of one logical batch.
+        """Record the forward and backward passes of one logical batch, or of one part of it.
 
         All of its micro-batches go in one block: a pass that is left over, without a `step` or
-        `zero_grad`, may have seen samples of the next one, which would then count twice.
+        `zero_grad`, may have seen samples of the next one, which would then count twice. Where the
+        sampler hands out each logical batch in parts (`PoissonBatchSampler.in_parts`), as a
+        framework that accumulates gradients needs it, each part has a block of its own.
 
         Raises:
             CurvoptError: a pass is left over, or a parameter has a gradient that is not private.
         """
-        if self.collected:
+        wrapped: Any = wrapped_by(self)
+        if wrapped is not None:
+            return wrapped.record()
+        if self.collected and not self._stepping and self._passes >= self.parts:
             raise CurvoptError(
                 "a recorded pass was not followed by step(): record all micro-batches of a logical "
-                "batch in one `with opt.record():`, or drop the pass by zero_grad()"
+                "batch in one `with opt.record():`, or drop the pass by zero_grad(). Where a "
+                "framework accumulates gradients, draw each logical batch in as many parts: "
+                "DataLoader(data, batch_sampler=poisson_sampler.in_parts(k)), and give that loader "
+                "as sampler="
             )
         self._begin_pass()
-        self.zero_grad()
+        if not self.collected:
+            self.zero_grad()
         return super().record()
 
+    @property
+    def _passes(self) -> int:
+        return self.collected[0].passes if self.collected else 0
+
     def _tape(self) -> Tape:
-        return PrivateTape(self._tracked(), batch_size=self.batch_size)
+        tape = PrivateTape(self._tracked(), batch_size=self.batch_size)
+        tape.views = self.views, self.view_order
+        self._last_tape = ref(tape)
+        return tape
 
     def _wanted(self) -> list[Quantity]:
         step = self.ledger.steps
-        self._sigma = _check_noise(value_at(self.noise_multiplier, step))
+        self._sigma = check_noise(value_at(self.noise_multiplier, step))
         norm = self.max_grad_norm
         norm = norm.max_grad_norm if isinstance(norm, QuantileClipping) else value_at(norm, step)
         self._clip = Clip(check_norm(norm, self.clipping), self.clipping)
@@ -150,51 +115,44 @@ class PrivateOptimizer(PrivateStats):
         self, computation: Computation, quantities: list[Quantity], backward: Backward
     ) -> None:
         """Add a micro-batch to the clipped sum; torch's own backward pass never runs."""
-        self._refuse_hooks()
-        computation.prepare()
-        for shape in computation.shared:
-            raise CurvoptError(
-                f"all samples share data of shape {shape} that is no parameter and no buffer: if "
-                "it was made of the samples, nothing of that is private. Make a constant of the "
-                "model a buffer (register_buffer)"
-            )
-        for buffer in computation.updated:
-            raise CurvoptError(
-                f"the forward pass updated a buffer {list(buffer.shape)} from the samples: nothing "
-                "of that is private. Put the layer that has it in eval() mode, or use one without "
-                "statistics of the batch, such as GroupNorm"
-            )
-        self._losses.append(computation.loss)
-        if not computation.samples:
-            self._add({}, torch.zeros(0))  # no samples: no sum, but a step
+        refuse_hooks(self._parameters(), self._name)
+        try:
+            computation.prepare()
+        except NoSamples:  # an empty batch, and a penalty
+            penalties = alone(computation.tape, computation.loss)
+            self._losses.append(computation.loss)
+            self._add({}, torch.zeros(0), penalties)
             return
+        refuse_leaks(computation)
+        self._losses.append(computation.loss)
         # Under autocast the sum would be rounded after the norms were taken.
         with torch.autocast(computation.loss.device.type, enabled=False):
+            penalties = computation.penalty_gradients()
+            self._penalized = self._penalized or bool(penalties)
+            if not computation.samples:
+                self._add({}, torch.zeros(0), penalties)  # no samples: no sum, but a step
+                return
             values = computation.run(quantities, free=True)[self._clip.field]
-        self._add(dict(values), self._clip.norms)
+        self._add(dict(values), self._clip.norms, penalties)
 
-    def _refuse_hooks(self) -> None:
-        """They would have to be called with the gradient of the samples."""
-        for p in self._parameters():
-            if p._backward_hooks or p._post_accumulate_grad_hooks:
-                raise CurvoptError(
-                    f"{self._name(p)} has a gradient hook, which a private step cannot call: the "
-                    "gradient without noise must not be seen. Remove the hook, and change the "
-                    "private gradient in register_step_pre_hook or mask the parameter itself"
-                )
-
-    def _add(self, sums: dict[Tensor, Tensor], norms: Tensor) -> None:
+    def _add(
+        self, sums: dict[Tensor, Tensor], norms: Tensor, penalties: dict[Tensor, Tensor]
+    ) -> None:
         if not self.collected:
-            self.collected.append({"sums": {}, "norms": []})
-        before = self.collected[0]["sums"]
-        for p, part in sums.items():
-            before[p] = before[p].add_(part) if p in before else part
-        self.collected[0]["norms"].append(norms)
+            self.collected.append(LogicalBatch())
+        batch: LogicalBatch = self.collected[0]
+        if batch.grads is not None:
+            raise CurvoptError(
+                "the private gradient of this step was looked at before the logical batch was "
+                "complete, so its noise is drawn: clip or read gradients after the last backward()"
+            )
+        batch.add(sums, norms, penalties)
         for p in self._parameters():
             if p.requires_grad:
-                withhold(p)
+                withhold(p, self._release)
 
-    def _update(self) -> None:
+    def _made(self) -> LogicalBatch:
+        """The logical batch with its private gradient; nobody has seen anything of it so far."""
         for group in self.param_groups:
             self._validate(group)  # before there is noise
         self._begin_pass()  # nothing else may have filled p.grad meanwhile
@@ -203,12 +161,20 @@ class PrivateOptimizer(PrivateStats):
                 "the gradients were set to None or to zero between backward() and step(), which "
                 "drops the batch: call zero_grad() before backward()"
             )
-        (batch,) = self.collected
-        sums, norms = batch["sums"], batch["norms"]
+        batch: LogicalBatch = self.collected[0]
+        if batch.grads is not None:
+            self._met = True
+            return batch
+        if self.parts > 1 and batch.passes != self.parts:
+            raise CurvoptError(
+                f"the sampler hands out each logical batch in {self.parts} parts, and "
+                f"{batch.passes} were recorded: let the framework accumulate gradients over "
+                f"{self.parts} batches (an empty one counts: empty_batch())"
+            )
         sigma, norm = self._sigma, self._clip.max_norm
-        lengths = self._meet(torch.cat([part.to(norms[0].device) for part in norms]))
-        sizes = check_sizes(
-            len(lengths),
+        batch.lengths = self._meet(batch.joined_norms())
+        batch.sizes = check_sizes(
+            len(batch.lengths),
             self._sizes,
             self.expected_batch_size,
             self.sampler,
@@ -218,77 +184,161 @@ class PrivateOptimizer(PrivateStats):
         if quantile:
             sigma = quantile.gradient_noise_multiplier(sigma)
         self._std = sigma and sigma * norm
-        groups = [[p for p in group["params"] if p.requires_grad] for group in self.param_groups]
-        grads = self._privatize([p for params in groups for p in params], sums)
+        groups = (group["params"] for group in self.param_groups)
+        trained = [p for params in groups for p in params if p.requires_grad]
+        grads = self._privatize(trained, batch)
         if quantile:
             moved = copy(quantile)
-            moved.update(lengths, self._noise)
-            following = self._ranks.value_of_first(moved.max_grad_norm)
+            moved.update(batch.lengths, self._noise)
+            batch.following = self._ranks.value_of_first(moved.max_grad_norm)
+        batch.grads = grads
+        return batch
+
+    def _account(self, batch: LogicalBatch) -> None:
+        """Account a step before the first thing of it can be seen."""
+        if batch.accounted:
+            return
+        norm = self._clip.max_norm
+        self.ledger.log(self._sigma, self.sample_rate, sampler=self.sampler, max_grad_norm=norm)
+        batch.accounted = True
+        self.norms, self._sizes = batch.lengths, batch.sizes
+        self.nonfinite_samples += int((~batch.lengths.isfinite()).sum())
+        if isinstance(self.max_grad_norm, QuantileClipping) and batch.following is not None:
+            self.max_grad_norm.max_grad_norm = batch.following
+
+    @torch.no_grad()
+    def _release(self, p: Tensor) -> Tensor:
+        """The private gradient of a parameter, for who looks at it between backward and step."""
+        if not self.collected:
+            raise CurvoptError(
+                "this stood in for a private gradient until step() made it: look at p.grad itself"
+            )
+        made: LogicalBatch = self.collected[0]
+        if made.grads is not None:
+            return made.grads[p]
+        tape = self._last_tape()
+        with tape.trace.paused() if tape is not None and tape.depth else nullcontext():
+            try:
+                batch = self._made()
+            finally:
+                if self._spent and not (self.collected and self.collected[0].grads):
+                    self.zero_grad()  # it failed after noise went into the sums
+            self._account(batch)
+        assert batch.grads is not None
+        return batch.grads[p]
+
+    def _update(self) -> None:
+        batch = self._made()
+        grads = batch.grads
+        assert grads is not None
+        groups = [[p for p in group["params"] if p.requires_grad] for group in self.param_groups]
         moves = [
             self._move(group, params, [grads[p] for p in params])
             for group, params in zip(self.param_groups, groups, strict=True)
         ]
-        left_out = int((~lengths.isfinite()).sum())
-        # So far nobody has seen anything of the samples, so a step that failed has cost nothing.
-        # It is accounted before the first thing can be seen.
-        self.ledger.log(self._sigma, self.sample_rate, sampler=self.sampler, max_grad_norm=norm)
-        self.norms, self._sizes = lengths, sizes
-        self.nonfinite_samples += left_out
-        if quantile:
-            quantile.max_grad_norm = following
+        # So far nobody has seen anything of the samples, unless it was accounted then, so a step
+        # that failed has cost nothing.
+        self._account(batch)
         for p, grad in grads.items():
             p.grad = grad
         for move in moves:
             move()
 
-    def _meet(self, norms: Tensor) -> Tensor:
-        """The norms of all processes, once they agree on the step."""
-        if self._ranks.place != self._place:
-            raise CurvoptError(
-                "torch.distributed was initialized, or changed, after this optimizer was built, so "
-                "its sampler was not checked: build it afterwards, and load its state_dict"
-            )
-        self._met = True
-        if not self._ranks.many:
-            return norms
-        settings = {
-            "steps taken": self.ledger.steps,
-            "noise_multiplier": self._sigma,
-            "max_grad_norm": self._clip.max_norm,
-            "expected_batch_size": self.expected_batch_size,
-            "clipping": self.clipping,
-            "sampling": (self.sampler, self.sample_rate),
-        }
-        if not self._agreed:  # later steps are the same for all
-            settings["the parameters' sum"] = sum(
-                float(p.double().sum()) for p in self._parameters() if not is_sharded(p)
-            )
-        told = self._ranks.meet(settings, len(norms))
-        self._agreed = True
-        return self._ranks.concatenated(norms, [count for (count,) in told])
+    def empty_batch(self, penalty: Closure | None = None) -> None:
+        """Note a logical batch, or a part of one, that has no samples, without the model.
 
-    def empty_step(self) -> None:
+        It takes the place of ``with opt.record():`` in loops that step by themselves.
+
+        Args:
+            penalty: returns the terms of the loss that are of the parameters alone, if it has any.
+
+        Raises:
+            CurvoptError: a recorded pass is left over; the loss has such terms and they are not
+                given; what is given holds data.
+        """
+        wrapped: Any = wrapped_by(self)
+        if wrapped is not None:
+            return wrapped.empty_batch(penalty)
+        if self._penalized and penalty is None:
+            raise CurvoptError(
+                "the loss has a term of the parameters alone, and a step without it would tell "
+                "that the batch was empty: give it, empty_step(lambda: penalty(model))"
+            )
+        grads: dict[Tensor, Tensor] = {}
+        tape: Any = self._tape() if self._stepping else self.record()  # for its checks
+        if penalty is not None:
+            with torch.enable_grad(), tape:
+                loss = penalty()
+            grads = alone(tape, loss)
+        self._add({}, torch.zeros(0), grads)
+        self._note(recorded=True)
+
+    def empty_step(self, penalty: Closure | None = None) -> None:
         """Take the step of an empty batch, as Poisson sampling draws some, without the model.
 
         It is noise alone, and accounted like any other.
 
+        Args:
+            penalty: as in `empty_batch`.
+
         Raises:
-            CurvoptError: a recorded pass is left over.
+            CurvoptError: as `empty_batch`.
         """
         wrapped: Any = wrapped_by(self)
         if wrapped is not None:
-            return wrapped.empty_step()
-        self.record()  # for its checks
-        self._add({}, torch.zeros(0))
-        self._note(recorded=True)
+            return wrapped.empty_step(penalty)
+        self.empty_batch(penalty)
         self.step()
+
+    def _run(self, closure: Closure) -> Any:
+        """As in the base; a closure that ran nothing and returned None has an empty batch."""
+        before = self._passes
+
+        def run() -> Any:
+            loss, tape = closure(), self._last_tape()
+            untouched = tape is not None and not tape.trace.ops
+            if loss is None and not before and not self._passes and untouched:
+                self.empty_batch()
+            return loss
+
+        self._stepping = True
+        try:
+            return super()._run(run)
+        finally:
+            self._stepping = False
+
+    def _begin_pass(self) -> None:
+        try:
+            super()._begin_pass()
+        except CurvoptError as error:
+            raise CurvoptError(
+                f"{error}. Lightning's accumulate_grad_batches runs some outside: accumulate in "
+                "manual optimization, over a sampler.in_parts(k), each part in its own "
+                "`with opt.record():`"
+            ) from error
+
+    def _is_filled(self, p: Tensor) -> bool:
+        return not isinstance(p.grad, Withheld) and super()._is_filled(p)
+
+    def _unchanged(self) -> bool:
+        """As in the base; nothing is added to a stand-in, whatever else acts on it."""
+        self._left = [
+            (p, grad, grad._version if isinstance(grad, Withheld) else version)
+            for p, grad, version in self._left
+        ]
+        return super()._unchanged()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """As in the base, and without the tape, which belongs to a pass."""
+        return {k: v for k, v in super().__getstate__().items() if k != "_last_tape"}
 
     def _forget(self) -> None:
         super()._forget()
         self._losses: list[Tensor] = []
 
     def _step(self, closure: Closure | None) -> Any:
-        self._met = self._spent = False
+        made = bool(self.collected and self.collected[0].grads is not None)
+        self._met, self._spent = made, False
         try:
             result = super()._step(closure)
             self._spent = False
@@ -309,81 +359,24 @@ class PrivateOptimizer(PrivateStats):
                 for p in self._parameters():
                     release(p)
 
-    def _privatize(self, params: list[Tensor], sums: dict[Tensor, Tensor]) -> dict[Tensor, Tensor]:
+    def _privatize(self, params: list[Tensor], batch: LogicalBatch) -> dict[Tensor, Tensor]:
         """``(sum + N(0, std^2)) / B``, rounded to the parameter's dtype at the end."""
-        self._spent = True
+        self._spent, sums = True, batch.sums
         if self._wrappers.shards:
             owner, size = self._wrappers.shards.owner, self.expected_batch_size
-            whole = {owner(p): part for p, part in sums.items()}
-            return privatized(params, whole, self._ranks, self._noise, self._std, size)
-        totals = [sums[p].contiguous() if p in sums else _zeros(p) for p in params]
+            whole, more = (
+                {owner(p): part for p, part in parts.items()} for parts in (sums, batch.penalties)
+            )
+            return privatized(params, whole, more, self._ranks, self._noise, self._std, size)
+        totals = [sums[p].contiguous() if p in sums else zeros_for(p) for p in params]
         self._ranks.sum_on_first(totals)
         if self._std and self._ranks.first:
             self._noise.add_to(totals, self._std, self.expected_batch_size)
         else:
             torch._foreach_div_(totals, self.expected_batch_size)
+        for p, total in zip(params, totals, strict=True):
+            if p in batch.penalties:  # the same on all processes
+                total.add_(batch.penalties[p])
         self._ranks.copy_from_first(totals)
+        batch.sums = {}
         return {p: grad.to(p.dtype) for p, grad in zip(params, totals, strict=True)}
-
-    # -- what it costs, and what was seen ---------------------------------------------------------
-
-    def privacy_spent(self, delta: float, accountant: Accountant = "pld") -> float:
-        """The epsilon spent so far; see `curvopt.privacy.PrivacyLedger.epsilon`."""
-        return self.ledger.epsilon(delta, accountant)
-
-    def privacy_report(
-        self, delta: float, accountant: Accountant = "pld", unit: str = "one sample"
-    ) -> PrivacyReport:
-        """All that makes the epsilon mean something; see `curvopt.privacy.PrivacyLedger.report`."""
-        return self.ledger.report(delta, accountant, unit)
-
-    # -- state ------------------------------------------------------------------------------------
-
-    def state_dict(self) -> dict[str, Any]:
-        """As in the base, and ``"privacy"``: ledger, noise generators, adaptive clipping norm.
-
-        It is as secret as the data, for the noise can be computed from it.
-        """
-        clip = self.max_grad_norm
-        privacy = {
-            "ledger": self.ledger.state_dict(),
-            # Others than the first process draw none.
-            "noise": self._noise.state_dict() if self._ranks.first else self._noise.shared(),
-            "clipping": clip.state_dict() if isinstance(clip, QuantileClipping) else {},
-        }
-        return super().state_dict() | {"privacy": privacy}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from a saved state, with the noise that would have come next.
-
-        Raises:
-            CurvoptError: the state is that of an optimizer that was not private.
-        """
-        if "privacy" not in state_dict:
-            raise CurvoptError(
-                "the state has no privacy ledger, so what was spent before is unknown: load a "
-                f"state of {type(self).__name__}"
-            )
-        privacy = state_dict["privacy"]
-        if privacy["noise"] is None and self._ranks.first:
-            raise CurvoptError(
-                "the state is that of another process than the first, so the noise would start "
-                "over: load the one that the first process saved"
-            )
-        super().load_state_dict(state_dict)
-        self._agreed = False
-        self.ledger.load_state_dict(privacy["ledger"])
-        self._noise.load_state_dict(privacy["noise"] or {})
-        if isinstance(self.max_grad_norm, QuantileClipping):
-            self.max_grad_norm.load_state_dict(privacy["clipping"])
-
-
-def _check_noise(sigma: float) -> float:
-    require(0 <= sigma < math.inf, "noise multiplier", sigma, "must be finite and at least 0")
-    return sigma
-
-
-def _zeros(p: Tensor) -> Tensor:
-    """The sum for a parameter that took no part."""
-    dtype = torch.promote_types(p.dtype, torch.float32)
-    return torch.zeros_like(p, dtype=dtype, memory_format=torch.contiguous_format)

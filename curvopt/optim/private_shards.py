@@ -19,6 +19,7 @@ WHOLE = -1
 def privatized(
     params: Sequence[Tensor],
     sums: Mapping[Tensor, Tensor],
+    penalties: Mapping[Tensor, Tensor],
     ranks: Ranks,
     noise: GaussianNoise,
     std: float,
@@ -29,6 +30,7 @@ def privatized(
     Args:
         params: the parameters, in an order that is the same everywhere.
         sums: whole clipped sums of this process.
+        penalties: whole gradients of terms that hold no sample, the same on all processes.
         ranks: the processes.
         noise: of the run.
         std: the noise's standard deviation.
@@ -50,6 +52,9 @@ def privatized(
             noise.part(number).add_to(mine, std, size)
     else:
         torch._foreach_div_(parts, size)
+    for p, part in zip(params, parts, strict=True):
+        if p in penalties:
+            part.add_(local(cut(penalties[p], p)))
     return {p: like(part.to(p.dtype), p) for p, part in zip(params, parts, strict=True)}
 
 

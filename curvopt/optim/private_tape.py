@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch.nn.modules.module import (
     register_module_forward_pre_hook,
 )
 
+from curvopt.engine.computation import Computation
 from curvopt.errors import CurvoptError
 from curvopt.recording.tape import Tape
 
@@ -20,6 +22,33 @@ def detached(value: Any) -> Any:
     if not isinstance(value, Tensor) or value.grad_fn is None:
         return value
     return value.detach() if value._is_view() else value.detach_()
+
+
+def refuse_hooks(params: Iterable[Any], name: Callable[[Any], str]) -> None:
+    """Refuse hooks on parameters, which would have to be called with the samples' gradient."""
+    for p in params:
+        if p._backward_hooks or p._post_accumulate_grad_hooks:
+            raise CurvoptError(
+                f"{name(p)} has a gradient hook, which a private step cannot call: the "
+                "gradient without noise must not be seen. Remove the hook, and change the "
+                "private gradient in register_step_pre_hook or mask the parameter itself"
+            )
+
+
+def refuse_leaks(computation: Computation) -> None:
+    """Refuse what samples would go through beside their gradients."""
+    for shape in computation.shared:
+        raise CurvoptError(
+            f"all samples share data of shape {shape} that is no parameter and no buffer: if "
+            "it was made of the samples, nothing of that is private. Make a constant of the "
+            "model a buffer (register_buffer)"
+        )
+    for buffer in computation.updated:
+        raise CurvoptError(
+            f"the forward pass updated a buffer {list(buffer.shape)} from the samples: nothing "
+            "of that is private. Put the layer that has it in eval() mode, or use one without "
+            "statistics of the batch, such as GroupNorm"
+        )
 
 
 class PrivateTape(Tape):

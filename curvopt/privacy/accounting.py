@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import secrets
 import warnings
+from collections.abc import Callable, Iterable
 from importlib import import_module
 from importlib.metadata import version
 from typing import Any
@@ -69,6 +71,8 @@ class PrivacyLedger:
         self.phases: list[Phase] = []
         # Of the next shuffled step: may it join the last phase, does it certainly begin an epoch?
         self._merges, self._aligned = False, True
+        self._line: list[tuple[str, int]] = []  # the runs that it has gone on from
+        self._name = secrets.token_hex(8)
 
     @property
     def steps(self) -> int:
@@ -209,7 +213,52 @@ class PrivacyLedger:
         """Go on from a saved history; within a shuffled epoch, with an order that may be new."""
         self.num_samples = state["num_samples"]
         self.phases = [Phase(**phase) for phase in state["phases"]]
+        self._line, self._name = [], secrets.token_hex(8)
         self._merges, self._aligned = False, False
+
+    def put_back(self, state: dict[str, Any], line: Iterable[tuple[str, int]] = ()) -> bool:
+        """Go on from a saved history, and forget none of the steps that were taken here since.
+
+        What such a step has shown remains known, whatever becomes of the parameters.
+
+        Args:
+            state: as :meth:`state_dict` gave it.
+            line: as :meth:`line` gave it then.
+
+        Returns:
+            Whether there were such steps.
+        """
+        saved, behind = PrivacyLedger(), [(name, steps) for name, steps in line]
+        saved.load_state_dict(state)
+        common = 0
+        for (mine, here), (theirs, there) in zip(self.line(), behind, strict=False):
+            if mine != theirs:
+                break
+            common = min(here, there)
+            if here != there:
+                break
+        own = self._after(common)
+        if own and saved.steps == common:
+            return True  # it was saved in this very run
+        self.load_state_dict(state)
+        self._line = behind
+        self.phases += own
+        return bool(own)
+
+    def line(self) -> list[tuple[str, int]]:
+        """The names of the runs up to here, and the number of steps at the end of each."""
+        return [*self._line, (self._name, self.steps)]
+
+    def _after(self, steps: int) -> list[Phase]:
+        """The phases behind the first steps."""
+        found = []
+        for phase in self.phases:
+            rest = phase.steps - steps
+            if rest > 0:
+                aligned = phase.aligned and rest == phase.steps
+                found.append(dataclasses.replace(phase, steps=rest, aligned=aligned))
+            steps = max(0, -rest)
+        return found
 
     def _releases(self) -> Releases:
         """Equal releases together, in the order of their last use, so that prefixes stay cached."""
@@ -243,6 +292,7 @@ def calibrate_noise(
     ledger: PrivacyLedger | None = None,
     schedule: Schedule | None = None,
     tolerance: float = 1e-4,
+    progress: Callable[[], None] | None = None,
 ) -> float:
     r"""The smallest noise multiplier whose epsilon is at most ``target_epsilon``.
 
@@ -257,6 +307,8 @@ def calibrate_noise(
         schedule: The shape of the noise: step t has the noise multiplier
             :math:`\sigma \, \mathrm{schedule}(t)`. Default: constant 1.
         tolerance: Of the result, which is never too small.
+        progress: Called after each try: about ten, of a fraction of a second each, or of seconds
+            with a schedule.
 
     Returns:
         :math:`\sigma`.
@@ -289,7 +341,10 @@ def calibrate_noise(
             else:
                 for step in range(steps):
                     plan.log(sigma * schedule(step), sample_rate, sampler=sampler)
-            return plan.epsilon(delta, accountant) - target_epsilon
+            found = plan.epsilon(delta, accountant) - target_epsilon
+        if progress is not None:
+            progress()
+        return found
 
     low, high = 0.5, 1.0  # to be widened until low is too little noise, and high enough
     while excess(high) > 0:

@@ -3,25 +3,27 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sized
 from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
-from torch.utils.data import (
-    BatchSampler,
-    DataLoader,
-    RandomSampler,
-    Sampler,
-    SequentialSampler,
-    default_collate,
-)
+from torch.utils.data import Sampler, default_collate
 
 from curvopt.errors import CurvoptError
 from curvopt.privacy.checks import require
 from curvopt.privacy.noise import generator_from_key, key_from
 
 SamplerKind = Literal["poisson", "shuffle", "none"]
+
+
+NO_BATCH_SIZE = (
+    "batches of Poisson sampling have no fixed size, and none may be dropped, repeated or handed "
+    "to one process of several. Several processes: give PoissonBatchSampler rank= and "
+    "num_replicas=, and keep its loader out of accelerator.prepare; in Lightning, say "
+    "Trainer(use_distributed_sampler=False)"
+)
 
 
 class PoissonBatchSampler(Sampler[list[int]]):
@@ -101,11 +103,34 @@ class PoissonBatchSampler(Sampler[list[int]]):
         self.num_replicas = num_replicas
         self.step = 0
         self._key = key_from(generator)
+        self._drawn: dict[bytes, int] = {}  # batches handed out under keys of before
 
     @property
     def expected_batch_size(self) -> float:
         """The mean size of a logical batch, qN."""
         return self.sample_rate * self.num_samples
+
+    @property
+    def batch_size(self) -> int:
+        """There is none; it is asked for by what would hand each process some of the batches.
+
+        Raises:
+            CurvoptError: always.
+        """
+        raise CurvoptError(NO_BATCH_SIZE)
+
+    def in_parts(self, parts: int) -> MicroBatchSampler:
+        """Each logical batch in a fixed number of parts, for gradient accumulation by a framework.
+
+        Args:
+            parts: how many; some may be empty.
+
+        Example:
+            >>> sampler = PoissonBatchSampler(1000, expected_batch_size=50).in_parts(4)
+            >>> len(sampler), len(list(sampler))
+            (80, 80)
+        """
+        return MicroBatchSampler(self, parts)
 
     def __len__(self) -> int:
         """Batches per epoch."""
@@ -144,109 +169,61 @@ class PoissonBatchSampler(Sampler[list[int]]):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a saved state.
 
+        Where this sampler itself has gone on since, its next batches are other ones: a second step
+        on a batch that was drawn before is not what is accounted.
+
         Raises:
             CurvoptError: The state is of another number of samples, rate or epoch length.
         """
         for name in ("num_samples", "sample_rate", "steps"):
             expected = getattr(self, name)
             require(state[name] == expected, f"{name} in the state", state[name], f"is {expected}")
-        self._key = bytes.fromhex(state["key"])
-        self.step = state["step"]
+        key = bytes.fromhex(state["key"])
+        self._drawn[self._key] = max(self.step, self._drawn.get(self._key, 0))
+        while state["step"] < self._drawn.get(key, 0):
+            key = hashlib.sha256(key + b"again").digest()
+        self._key, self.step = key, state["step"]
 
 
-def sampler_kind(loader: DataLoader[Any]) -> SamplerKind:
-    """How a loader samples, in the words of :class:`~curvopt.privacy.PrivacyLedger`.
+class MicroBatchSampler(Sampler[list[int]]):
+    """The logical batches of a Poisson sampler, each in the same number of parts.
 
-    Returns:
-        ``"poisson"`` for a :class:`PoissonBatchSampler`, ``"shuffle"`` where every sample comes
-        once per epoch, ``"none"`` where that is not certain.
-    """
-    batches = loader.batch_sampler
-    if isinstance(batches, PoissonBatchSampler):
-        return "poisson"
-    if type(batches) is BatchSampler:
-        order = batches.sampler
-        if type(order) is SequentialSampler:
-            return "shuffle"
-        if type(order) is RandomSampler and not order.replacement:
-            # More draws than samples would be a second pass within the epoch.
-            return "shuffle" if order.num_samples <= len(order.data_source) else "none"
-    return "none"
-
-
-def sampling_of(
-    source: DataLoader[Any] | PoissonBatchSampler | SamplerKind,
-    sample_rate: float | None,
-    num_samples: int | None,
-    expected_batch_size: float,
-) -> tuple[SamplerKind, float, int | None]:
-    """What the ledger needs to know of the sampling: kind, rate and number of samples.
+    Where a framework accumulates gradients over ``parts`` batches of its loader, all that it
+    accumulates must be one logical batch: several Poisson batches would draw a sample twice. Give
+    it to the private optimizer as ``sampler=``, which then takes that many passes for one step.
 
     Args:
-        source: What draws the batches, or its kind.
-        sample_rate: q. Default: what ``source`` says, else ``expected_batch_size / num_samples``.
-        num_samples: N. Default: what ``source`` says.
-        expected_batch_size: qN.
+        sampler: draws the logical batches.
+        parts: in how many parts each is cut; as in the framework's setting. Parts may be empty.
 
     Raises:
-        CurvoptError: A rate that would not be used, or none where it is needed.
+        CurvoptError: fewer parts than one.
+
+    Example:
+        >>> sampler = MicroBatchSampler(PoissonBatchSampler(1000, expected_batch_size=50), 4)
+        >>> first = [batch for _, batch in zip(range(4), sampler)]
     """
-    if isinstance(source, str):
-        kind = source
-        require(kind in ("poisson", "shuffle", "none"), "sampler", kind, "poisson, shuffle or none")
-        if kind == "none" and sample_rate is not None:
-            raise CurvoptError(
-                f"Invalid sampling: sample_rate={sample_rate} means nothing for sampler='none'; "
-                "say sampler='poisson' (each sample joins a batch by itself, with that "
-                "probability) or sampler='shuffle'"
-            )
-    else:
-        batches = source if isinstance(source, PoissonBatchSampler) else source.batch_sampler
-        if isinstance(batches, PoissonBatchSampler):
-            kind, rate, size = "poisson", batches.sample_rate, batches.num_samples
-            sample_rate, num_samples = sample_rate or rate, num_samples or size
-        else:
-            loader = cast(DataLoader[Any], source)
-            kind = sampler_kind(loader)
-            if kind == "shuffle":
-                sample_rate = sample_rate or 1 / len(loader)
-                num_samples = num_samples or len(cast(Sized, loader.dataset))
-    if kind == "none":
-        return kind, 1.0, num_samples
-    if sample_rate is None and num_samples is not None:
-        sample_rate = expected_batch_size / num_samples
-    if sample_rate is None:
-        raise CurvoptError(f"Invalid sampling: sampler={kind!r} needs sample_rate or num_samples")
-    require(0 < sample_rate <= 1, "sample rate", sample_rate, "must be in (0, 1]")
-    return kind, sample_rate, num_samples
 
+    def __init__(self, sampler: PoissonBatchSampler, parts: int) -> None:
+        require(parts >= 1 and int(parts) == parts, "number of parts", parts, "an integer >= 1")
+        self.sampler, self.parts = sampler, int(parts)
 
-def check_ranks(source: Any, rank: int, size: int) -> None:
-    """Refuse a sampler that would give one sample to several processes of a logical batch.
+    def __len__(self) -> int:
+        """Parts per epoch."""
+        return len(self.sampler) * self.parts
 
-    Args:
-        source: What draws the batches, or its kind.
-        rank: This process's number.
-        size: The number of processes.
+    def __iter__(self) -> Iterator[list[int]]:
+        """The parts of the logical batches that are left of the epoch."""
+        for batch in self.sampler:
+            for part in range(self.parts):
+                start, end = (len(batch) * (part + k) // self.parts for k in (0, 1))
+                yield batch[start:end]
 
-    Raises:
-        CurvoptError: The sampler does not know of the processes.
-    """
-    if size == 1 or isinstance(source, str):
-        return
-    batches = source if isinstance(source, PoissonBatchSampler) else source.batch_sampler
-    if not isinstance(batches, PoissonBatchSampler):
-        raise CurvoptError(
-            f"Invalid sampling: {size} processes make up one logical batch, and nothing shows that "
-            "this loader keeps to its own samples. Use PoissonBatchSampler(..., rank=, "
-            "num_replicas=), or say sampler='shuffle' or 'none' where each sample has one process"
-        )
-    if (batches.rank, batches.num_replicas) != (rank, size):
-        raise CurvoptError(
-            f"Invalid sampling: this is process {rank} of {size} that make up one logical batch, "
-            f"and its sampler is number {batches.rank} of {batches.num_replicas}: give "
-            f"PoissonBatchSampler rank={rank} and num_replicas={size}"
-        )
+    def __getattr__(self, name: str) -> Any:
+        """All else is the sampler's: its rate, number of samples, place among the processes."""
+        if name in ("sampler", "__setstate__"):
+            raise AttributeError(name)
+        return getattr(self.sampler, name)
 
 
 class EmptyBatchCollate:
@@ -309,20 +286,20 @@ def micro_batches(batch: Any, max_physical_batch_size: int) -> Iterator[Any]:
     """
     size = max_physical_batch_size
     require(size >= 1, "physical batch size", size, "must be at least 1")
-    length = _length(batch)
+    length = batch_length(batch)
     if length is None:
         raise CurvoptError(f"Invalid batch: {type(batch).__name__} (there is no tensor in it)")
     for start in range(0, max(length, 1), size):
         yield _rows(batch, slice(start, start + size))
 
 
-def _length(batch: Any) -> int | None:
+def batch_length(batch: Any) -> int | None:
     """The size of axis 0 of the first tensor in a collated batch."""
     if isinstance(batch, Tensor):
         return len(batch) if batch.ndim else None
     parts = batch.values() if isinstance(batch, Mapping) else batch
     if isinstance(batch, Mapping | list | tuple):
-        return next((n for n in map(_length, parts) if n is not None), None)
+        return next((n for n in map(batch_length, parts) if n is not None), None)
     return None
 
 

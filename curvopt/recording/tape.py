@@ -24,6 +24,7 @@ from torch.overrides import TorchFunctionMode
 
 import curvopt.ops  # noqa: F401 (the rules register themselves)
 from curvopt.axes.trace import Trace
+from curvopt.axes.views import ViewOrder
 from curvopt.errors import CurvoptError
 from curvopt.losses import LOSSES
 from curvopt.ops.of_samples import of_samples
@@ -52,7 +53,10 @@ class Tape(Modules, Losses, TorchFunctionMode):
         trace: the ops of the pass.
         on_module: called with each module before its forward pass, and the tape.
         serial: columns go back one by one: code on the way is not to be vectorized.
+        views: how many rows of the data are views of one sample, and in which order.
     """
+
+    views: tuple[int, ViewOrder] = 1, "sample"
 
     def __init__(
         self,

@@ -12,6 +12,7 @@ from torch import nn
 import curvopt
 from tests import oracles
 from tests.faults.situations import (
+    CLIP,
     COUPLED,
     C,
     D,
@@ -22,12 +23,15 @@ from tests.faults.situations import (
     batch,
     bounded,
     ce,
+    clipped,
     every_optimizer,
     exact,
     exact_or_refused,
     filled,
     made,
     network,
+    private,
+    private_sum,
     quiet,
     refused,
     rows_of,
@@ -861,7 +865,22 @@ def test_penalties(situation):
 
 @PENALTIES.each
 def test_penalties_in_private_steps(situation):
-    bounded(situation, match=PENALTY)
+    """Its own gradient, after the noise: neither clipped nor part of what a sample contributes."""
+    m = situation.make()
+    x, y = m.passes[0].data
+    opt = private(m)
+    whole = private_sum(opt, m, (x, y))
+    (term,) = [row.build.args[0] for row in PENALTIES if row.id == situation.id]
+    net = network()
+    net.load_state_dict(dict(zip(net.state_dict(), m.params, strict=True)))
+    start = [p.detach() + 0.1 for p in m.params]
+    rows = clipped(rows_of(made(net.parameters(), lambda x, y: ce(net(x), y)), (x, y)), CLIP)
+    (0.1 * term(net, start)).backward()
+    sums = [rows[p] + (0 if p.grad is None else p.grad) for p in net.parameters()]
+    assert_close(whole, torch.cat([part.flatten() for part in sums]), 1e-5)
+    for n in range(len(x)):
+        less = private_sum(opt, m, m.rest(n, (x, y)))
+        assert (whole - less).norm() <= CLIP * (1 + 1e-9)
 
 
 @PENALTIES.each

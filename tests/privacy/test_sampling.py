@@ -3,11 +3,24 @@
 import collections
 import io
 import itertools
+import pickle
 
 import pytest
 import torch
-from torch.utils.data import DataLoader, RandomSampler, TensorDataset
+from torch.utils.data import (
+    ConcatDataset,
+    DataLoader,
+    DistributedSampler,
+    IterableDataset,
+    RandomSampler,
+    Sampler,
+    Subset,
+    SubsetRandomSampler,
+    TensorDataset,
+    WeightedRandomSampler,
+)
 
+import curvopt
 from curvopt.errors import CurvoptError
 from curvopt.privacy import EmptyBatchCollate, PoissonBatchSampler, micro_batches, sampler_kind
 
@@ -192,9 +205,100 @@ def test_kinds_of_samplers():
     assert kind(batch_sampler=PoissonBatchSampler(data, 0.1)) == "poisson"
     assert kind(batch_size=2, shuffle=True) == "shuffle"
     assert kind(batch_size=2) == "shuffle"
-    assert kind(batch_size=2, sampler=RandomSampler(data, replacement=True)) == "none"
-    assert kind(batch_size=2, sampler=RandomSampler(data, num_samples=20)) == "none"
-    assert kind(batch_size=None) == "none"
+    assert kind(batch_size=2, sampler=SubsetRandomSampler([1, 4, 7])) == "shuffle"
+    assert kind(batch_sampler=PoissonBatchSampler(data, 0.1).in_parts(3)) == "poisson"
+
+
+class Stream(IterableDataset):
+    def __iter__(self):
+        return iter(range(10))
+
+
+class Homemade(Sampler):
+    def __len__(self):
+        return 10
+
+    def __iter__(self):
+        return iter([0] * 10)
+
+
+TEN = TensorDataset(torch.zeros(10))
+
+
+@pytest.mark.parametrize(
+    ("data", "options", "message"),
+    [
+        (TEN, {"sampler": RandomSampler(TEN, replacement=True)}, "RandomSampler: .*several times"),
+        (TEN, {"sampler": RandomSampler(TEN, num_samples=20)}, "RandomSampler: it draws 20 of 10"),
+        (TEN, {"sampler": WeightedRandomSampler([1.0] * 10, 10)}, "WeightedRandomSampler: it may"),
+        (
+            TEN,
+            {"sampler": WeightedRandomSampler([1.0] * 10, 10, replacement=False)},
+            "WeightedRandomSampler: .*more often",
+        ),
+        (TEN, {"sampler": SubsetRandomSampler([1, 1])}, "SubsetRandomSampler: it holds an index"),
+        (
+            TEN,
+            {"sampler": DistributedSampler(TEN, num_replicas=3, rank=0)},
+            "DistributedSampler: it repeats samples to fill up, or drops some",
+        ),
+        (TEN, {"sampler": Homemade()}, "Homemade: nothing is known of what it draws"),
+        (TEN, {"batch_sampler": [[0, 0], [1]]}, "list: nothing is known of what it draws"),
+        (TEN, {"batch_size": None}, "SequentialSampler: the loader makes no batches"),
+        (Stream(), {"batch_size": 2}, "Stream: an iterable data set draws its samples itself"),
+        (Subset(TEN, [0, 1, 0]), {"batch_size": 2, "shuffle": True}, "Subset: it holds an index"),
+        (ConcatDataset([TEN, TEN]), {"batch_size": 2}, "ConcatDataset: it holds a data set twice"),
+        (
+            Subset(TEN, [3, 3]),
+            {"batch_sampler": PoissonBatchSampler(2, 0.5)},
+            "Subset: it holds an index twice",
+        ),
+    ],
+)
+def test_loaders_that_may_draw_a_sample_twice_are_refused_by_name(data, options, message):
+    """Up to 16 copies of a sample in a batch passed as no sampling: epsilon 6.3 for 469."""
+    loader = DataLoader(data, **options)
+    with pytest.raises(CurvoptError, match=f"Invalid sampling: {message}"):
+        sampler_kind(loader)
+    with pytest.raises(CurvoptError, match="Draw batches with curvopt.privacy.PoissonBatchSampler"):
+        curvopt.DPSGD(
+            [torch.nn.Parameter(torch.zeros(2))], 0.1, noise_multiplier=1.0, max_grad_norm=1.0,
+            expected_batch_size=2, sampler=loader,
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("parts", [1, 3, 7])
+def test_parts_make_up_the_logical_batches(parts):
+    whole = list(PoissonBatchSampler(60, 0.1, generator=seeded()))
+    sampler = PoissonBatchSampler(60, 0.1, generator=seeded()).in_parts(parts)
+    assert len(sampler) == parts * len(whole)
+    found = list(sampler)
+    joined = [list(itertools.chain(*found[k : k + parts])) for k in range(0, len(found), parts)]
+    assert joined == whole
+    sizes = [len(part) for part in found[:parts]]
+    assert max(sizes) - min(sizes) <= 1
+    assert (sampler.sample_rate, sampler.num_samples, sampler.step) == (0.1, 60, 10)
+    twin = pickle.loads(pickle.dumps(sampler))
+    assert list(twin) == list(sampler)
+
+
+def test_a_state_that_is_put_back_does_not_draw_the_same_batches_again():
+    """Two steps on one draw are not what is accounted."""
+    sampler = PoissonBatchSampler(50, 0.2, steps=10, generator=seeded())
+    state = sampler.state_dict(step=4)
+    first = list(sampler)
+    for _ in range(3):
+        sampler.load_state_dict(state)
+        again = list(sampler)
+        assert len(again) == 6
+        assert not any(batch in first for batch in again)
+        first += again
+
+
+def test_wrappers_that_share_out_batches_are_told():
+    """They ask for the size of a batch, and would hand each process some of the batches."""
+    with pytest.raises(CurvoptError, match=r"no fixed size.*keep its loader out of accelerator"):
+        _ = PoissonBatchSampler(10, 0.1).batch_size
 
 
 @pytest.mark.parametrize(
