@@ -19,15 +19,17 @@ def run(script, *arguments):
     )
 
 
-def test_private_mnist(tmp_path):
+@pytest.mark.parametrize("model", ["scattering", "network", "pixels"])
+def test_private_mnist(tmp_path, model):
     write_mnist(tmp_path)
-    out = tmp_path / "out"
+    out, views = tmp_path / "out", ["--views", "2"] * (model == "network")
     done = run(
-        "private_mnist.py", "--data-dir", str(tmp_path), "--out", str(out), "--batch-size", "2"
-    )
+        "private_mnist.py", "--data-dir", str(tmp_path), "--out", str(out), "--batch-size", "2",
+        "--model", model, *views,
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr
     last = done.stdout.splitlines()[-1]
-    assert re.fullmatch(r"test accuracy \d+\.\d\d% at epsilon [0-3]\.\d\d, \d+ s of training", last)
+    assert re.fullmatch(r"test accuracy \d+\.\d\d% at epsilon [0-3]\.\d\d, \d+ s in all", last)
     assert "epsilon=" in done.stderr  # in the progress bar
     assert (out / "private_mnist.png").read_bytes().startswith(b"\x89PNG")
     curve = json.loads((out / "private_mnist.json").read_text())["curve"]
@@ -47,6 +49,29 @@ def test_private_finetuning(adapters):
     assert "one text of 256" in done.stdout
     count = "16,384" if adapters else "104,704"
     assert f"{count} parameters" in done.stdout.splitlines()[-1]
+
+
+def test_private_trainer():
+    pytest.importorskip("transformers")
+    pytest.importorskip("peft")
+    done = run("private_trainer.py")
+    assert done.returncode == 0, done.stderr
+    assert "1 epochs of 4 steps on 64 samples each" in done.stdout
+    assert done.stdout.count("one text of 256") == 2
+    assert "by 16,384 trained parameters" in done.stdout.splitlines()[-1]
+
+
+def test_private_mnist_draws_a_curve(tmp_path):
+    write_mnist(tmp_path)
+    done = run(
+        "private_mnist.py", "--data-dir", str(tmp_path), "--out", str(tmp_path), "--batch-size",
+        "2", "--model", "pixels", "--epsilon", "1", "8",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    curve = json.loads((tmp_path / "private_mnist.json").read_text())["curve"]
+    assert [point["budget"] for point in curve] == [1.0, 8.0]
+    assert 0.9 < curve[0]["epsilon"] <= 1.0
+    assert 7.9 < curve[1]["epsilon"] <= 8.0
 
 
 def test_private_mnist_refuses(tmp_path):
