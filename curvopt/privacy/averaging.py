@@ -31,6 +31,7 @@ def weight_average(decay: float = 0.99) -> Average:
         CurvoptError: the decay is not in [0, 1).
 
     Example:
+        >>> from curvopt.privacy import weight_average
         >>> from torch.optim.swa_utils import AveragedModel
         >>> model = torch.nn.Linear(3, 2)
         >>> averaged = AveragedModel(model, multi_avg_fn=weight_average(0.95))

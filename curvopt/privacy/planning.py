@@ -109,6 +109,7 @@ def plan(
         ImportError: ``dp-accounting`` is not installed.
 
     Example:
+        >>> from curvopt.privacy import plan
         >>> data = torch.utils.data.TensorDataset(torch.randn(500, 4), torch.arange(500) % 3)
         >>> run = plan(
         ...     data, epsilon=3.0, delta=1e-4, epochs=5, expected_batch_size=50, max_grad_norm=1.0

@@ -126,6 +126,7 @@ class PoissonBatchSampler(Sampler[list[int]]):
             parts: how many; some may be empty.
 
         Example:
+            >>> from curvopt.privacy import PoissonBatchSampler
             >>> sampler = PoissonBatchSampler(1000, expected_batch_size=50).in_parts(4)
             >>> len(sampler), len(list(sampler))
             (80, 80)
@@ -200,6 +201,7 @@ class MicroBatchSampler(Sampler[list[int]]):
         CurvoptError: fewer parts than one.
 
     Example:
+        >>> from curvopt.privacy import MicroBatchSampler, PoissonBatchSampler
         >>> sampler = MicroBatchSampler(PoissonBatchSampler(1000, expected_batch_size=50), 4)
         >>> first = [batch for _, batch in zip(range(4), sampler)]
     """

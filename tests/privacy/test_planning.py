@@ -1,6 +1,5 @@
 """A run from its budget, the averages of its weights, and what both print."""
 
-import doctest
 import pickle
 
 import pytest
@@ -12,7 +11,7 @@ from torch.utils.data import TensorDataset
 
 import curvopt
 from curvopt.errors import CurvoptError
-from curvopt.privacy import LinearSchedule, averaging, plan, planning, sampling, weight_average
+from curvopt.privacy import LinearSchedule, plan, weight_average
 from tests.oracles import assert_close
 
 DATA = TensorDataset(torch.randn(500, 4), torch.arange(500) % 3)
@@ -97,12 +96,3 @@ def test_the_average_starts_fast():
     assert_close(averaged.module.weight.detach(), expected)
     with pytest.raises(CurvoptError, match=r"Invalid decay: 1.0 \(must be in \[0, 1\)\)"):
         weight_average(1.0)
-
-
-@pytest.mark.parametrize("module", [planning, averaging, sampling])
-def test_examples(module):
-    torch.manual_seed(0)
-    names = {"torch": torch, "curvopt": curvopt, "DataLoader": torch.utils.data.DataLoader}
-    result = doctest.testmod(module, extraglobs=names)
-    assert result.attempted
-    assert not result.failed
