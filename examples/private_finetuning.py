@@ -99,7 +99,10 @@ def finetune(
                     for part in micro_batches(tokens, args.physical_batch_size):
                         loss_of(model, part).backward()
 
-                optimizer.step(closure)
+                if batch:
+                    optimizer.step(closure)
+                else:
+                    optimizer.empty_step()  # the model is not run
                 bar.update()
             epsilon = optimizer.privacy_spent(args.delta)
             bar.set_postfix(epsilon=f"{epsilon:.2f}", accuracy=f"{accuracy(model, test):.2%}")

@@ -285,6 +285,7 @@ def main() -> None:
         "settings": vars(args),
         "data": data.source,
         "seconds": time.perf_counter() - begin,
+        "cpu_seconds": time.process_time(),
         "curve": curve,
     }
     (args.out / "private_mnist.json").write_text(json.dumps(numbers, default=str))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from curvopt.axes.endings import Way
+from curvopt.axes.endings import Way, read_numbers, suspicious
 from curvopt.axes.ops import Ref
 from curvopt.axes.trace import Trace
 from curvopt.axes.wiring import ancestors
@@ -18,6 +18,7 @@ from curvopt.errors import CurvoptError
 from curvopt.losses import Loss
 from curvopt.recording.tape import Tape
 
+SCALES = frozenset(["mul", "div", "mul_", "div_", "add", "add_", "sub", "sub_"])
 Owners = Callable[[int, Ref], Tensor | None]
 
 
@@ -45,9 +46,17 @@ def impure(trace: Trace, way: Way, owners: Owners, silent: Set[int]) -> str:
                     f"a term of the parameters is scaled by {list(ref.shape)} of the samples "
                     f"({step.op.name}), which would have no noise: take that out of it"
                 )
-    met = [way.end]
-    for k in ancestors(trace, way.end, way.at):
-        met += trace.ops[k].inputs
+    met, behind = [way.end], [trace.ops[k] for k in ancestors(trace, way.end, way.at)]
+    for op in behind:
+        met += op.inputs
+    scales = [op for op in [*behind, *(step.op for step in way.steps)] if op.name in SCALES]
+    numbers = [a for op in scales for a in op.args if isinstance(a, int | float)]
+    read = suspicious(numbers, read_numbers(trace))
+    if read is not None:
+        return (
+            f"a term of the parameters is scaled by {read:g}, which was read from a tensor in this "
+            "pass: if that holds samples, the term has no noise. Make it a constant"
+        )
     shapes = {trace.outside[s].shape for s in silent if s in trace.outside}
     for ref in met:
         outside = trace.outside.get(ref.storage)

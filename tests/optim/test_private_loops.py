@@ -326,10 +326,13 @@ def test_a_penalty_is_neither_clipped_nor_divided():
         (lambda m, x, ce: ce + ce.detach() * decay(m), "does not enter the loss linearly"),
         (lambda m, x, ce: ce + x.abs().mean() * decay(m), "does not enter the loss linearly"),
         (lambda m, x, ce: ce + x[0, 0] * decay(m), r"scaled by \[\] of the samples"),
+        (lambda m, x, ce: ce + x.std().item() * decay(m), "which was read from a tensor"),
+        (lambda m, x, ce: ce + decay(m) / ce.item(), "which was read from a tensor"),
+        (lambda m, x, ce: x.std().item() * decay(m), "which was read from a tensor"),
         (lambda m, x, ce: ce + OUTSIDE * m[0].weight.sum(), "before recording began"),
         (lambda m, x, ce: ce + (m[0].weight @ STATISTIC).norm(), r"data of shape \[4\]"),
     ],
-    ids=["product", "detached", "scale", "sample", "outside", "statistic"],
+    ids="product detached scale sample read divided alone outside statistic".split(),
 )
 def test_what_is_not_of_the_parameters_alone_is_refused(term, match):
     model = network()
