@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 Batch = tuple[Tensor, Tensor]
+
+CHARACTERS, LENGTH = 96, 64  # of the language models
 
 
 # ---------------------------------------------------------------------------------------- models
@@ -81,6 +85,76 @@ class Transformer(nn.Module):
         positions = torch.arange(x.shape[1], device=x.device).expand_as(x).contiguous()
         hidden = self.blocks(self.tokens(x) + self.positions(positions))
         return self.head(self.norm(hidden)).flatten(0, 1)
+
+
+class CharTransformer(Transformer):
+    """The small language model on characters, with its loss: nats per character."""
+
+    def __init__(self) -> None:
+        super().__init__(CHARACTERS, LENGTH, width=64, depth=2, heads=4)
+
+    def loss(self, output: Tensor, target: Tensor) -> Tensor:
+        return F.cross_entropy(output, target.flatten())
+
+
+class CharGRU(nn.Module):
+    """A recurrent language model on characters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens = nn.Embedding(CHARACTERS, 64)
+        self.recurrent, self.head = nn.GRU(64, 128, batch_first=True), nn.Linear(128, CHARACTERS)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.recurrent(self.tokens(x))[0]).flatten(0, 1)
+
+    loss = CharTransformer.loss
+
+
+class Autoencoder(nn.Sequential):
+    """The deep autoencoder of Hinton and Salakhutdinov's kind; its loss is in nats per image."""
+
+    def __init__(self) -> None:
+        sizes = (784, 1000, 500, 250, 30, 250, 500, 1000, 784)
+        layers: list[nn.Module] = [nn.Flatten()]
+        for inputs, outputs in pairwise(sizes):
+            layers.append(nn.Linear(inputs, outputs))
+            if outputs != 30:  # the code is linear
+                layers.append(nn.Tanh())
+        super().__init__(*layers[:-1])
+
+    def loss(self, output: Tensor, target: Tensor) -> Tensor:
+        rows = F.binary_cross_entropy_with_logits(output, target.flatten(1), reduction="none")
+        return rows.sum(1).mean()
+
+
+class Residual(nn.Module):
+    """Two convolutions with group norm, around which a path of their input's leads."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+        super().__init__()
+        self.convolution1 = nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False)
+        self.convolution2 = nn.Conv2d(outputs, outputs, 3, padding=1, bias=False)
+        self.norm1, self.norm2 = nn.GroupNorm(4, outputs), nn.GroupNorm(4, outputs)
+        self.path = nn.Conv2d(inputs, outputs, 1, stride, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = F.relu(self.norm1(self.convolution1(x)))
+        return F.relu(self.norm2(self.convolution2(hidden)) + self.path(x))
+
+
+def resnet() -> nn.Sequential:
+    """Three residual blocks of 16, 32 and 64 channels, on MNIST's shape."""
+    return nn.Sequential(
+        *(nn.Conv2d(1, 16, 3, stride=2, padding=1, bias=False), nn.GroupNorm(4, 16), nn.ReLU()),
+        *(Residual(16, 16, 1), Residual(16, 32, 2), Residual(32, 64, 2)),
+        *(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10)),
+    )
+
+
+def loss_of(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    """The loss of a batch: the model's own, or cross entropy."""
+    return getattr(model, "loss", F.cross_entropy)(model(x), y)
 
 
 def gpt2() -> nn.Module:
@@ -196,6 +270,27 @@ def digits() -> Data:
     return _split(x[:-300], y[:-300], 300) | {"test": Split(x[-300:], y[-300:])}
 
 
+@cache
+def images_themselves() -> Data:
+    """MNIST's images, each of which is its own target."""
+    return {name: Split(part.x, part.x) for name, part in mnist().items()}
+
+
+@cache
+def library() -> Data:
+    """Python's own standard library: the first four million characters, in pieces of 64."""
+    files = sorted(Path(os.__file__).parent.glob("*.py"))
+    raw = "".join(file.read_text("utf8", "ignore") for file in files)[:4_000_000]
+    # 95 printable characters, and the end of a line; what is none of them is a question mark.
+    codes = [0 if c == "\n" else ord(c) - 31 if 32 <= ord(c) < 127 else 32 for c in raw]
+    pieces = len(codes) // LENGTH - 1
+    x = torch.tensor(codes[: pieces * LENGTH]).view(pieces, LENGTH)
+    y = torch.tensor(codes[1 : pieces * LENGTH + 1]).view(pieces, LENGTH)
+    held = 500  # the last files, which no other piece is of
+    rest = _split(x[:-held], y[:-held], held)
+    return rest | {"test": Split(x[-held:], y[-held:])}
+
+
 def _shuffled(x: Tensor, y: Tensor) -> Batch:
     order = torch.randperm(len(y), generator=torch.Generator().manual_seed(0))
     return x[order], y[order]
@@ -210,7 +305,11 @@ def _split(x: Tensor, y: Tensor, validation: int) -> Data:
 
 @dataclass(frozen=True)
 class Training:
-    """A model, its data, and its number of steps; none in a quick run leaves it out of one."""
+    """A model, its data, and its number of steps; none in a quick run leaves it out of one.
+
+    Attributes:
+        by_loss: What counts is the loss, not the share of right answers.
+    """
 
     name: str
     model: Callable[[], nn.Module]
@@ -219,6 +318,7 @@ class Training:
     quick: int
     size: int = 128
     title: str = ""
+    by_loss: bool = False
 
 
 TRAINING: dict[str, Training] = named(
@@ -226,4 +326,16 @@ TRAINING: dict[str, Training] = named(
     Training("logistic", lambda: mlp(784, 10), mnist, 420, 420, title="logistic regression, MNIST"),
     Training("mlp", lambda: mlp(784, 1000, 500, 100, 10), mnist, 860, 160, title="MLP, MNIST"),
     Training("2c2d", lambda: net_2c2d(1024), mnist, 320, 0, title="2C2D, MNIST"),
+    Training("resnet", resnet, mnist, 320, 0, title="ResNet, MNIST"),
+    Training(
+        *("autoencoder", Autoencoder, images_themselves, 480, 160),
+        title="autoencoder, MNIST",
+        by_loss=True,
+    ),
+    Training(
+        *("transformer", CharTransformer, library, 480, 160, 32),
+        title="transformer, characters",
+        by_loss=True,
+    ),
+    Training("gru", CharGRU, library, 320, 120, 32, title="GRU, characters", by_loss=True),
 )

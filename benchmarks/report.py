@@ -18,7 +18,7 @@ from typing import Any
 import harness
 import matplotlib
 import numpy as np
-from optimizers import METHODS, Record, best_lr, load
+from optimizers import METHODS, Record, best_lr, by_loss, errors, load
 from problems import TRAINING
 
 matplotlib.use("Agg")
@@ -28,6 +28,8 @@ from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 TRACKS = {"defaults": "defaults, no tuning", "tuned": "tuned learning rate"}
 REFERENCES = ("SGD, momentum", "AdamW")  # both of which reach the target
 SLACK = 1.25  # of their error, so that the target is not the edge of what they can do
+LOSS_SLACK = 1.05
+ACCURACY = "validation_accuracy"
 TAU = 4.0
 DROP = 20.0  # points of accuracy that the picture of the sensitivity shows
 UNIT = "SGD"  # of the cost of a step
@@ -43,7 +45,10 @@ COLOURS = {
     "Shampoo": "#9c6b30",
     "BackPACK DiagGGN": "#7b4fa3",
     "BackPACK DiagGGN-MC": "#c3a2dd",
+    "SOAP": "#e377c2",
+    "Distributed Shampoo": "#d9a066",
     "curvopt DiagGGN": "#d62728",
+    "curvopt Polar": "#ff7f0e",
     "curvopt VarianceAdaptiveSGD": "#1f6fd6",
 }
 STYLE = {
@@ -77,26 +82,28 @@ class Runs:
         return [r for r in self.records if all(r[name] == value for name, value in wanted.items())]
 
     def _target(self, problem: str) -> float:
-        """The validation accuracy to reach.
+        """The validation accuracy to reach, or the loss.
 
         Its error is SLACK times the one that three of four runs of both reference optimizers
-        reach, tuned ones where there are any.
+        reach, tuned ones where there are any; of a loss, whose least value is not 0, LOSS_SLACK
+        times.
         """
         track = "tuned" if self.select(problem=problem, track="tuned") else "defaults"
         reference = [m for m in REFERENCES if m in self.methods] or self.methods
-        errors = [
-            [1 - max(r["validation_accuracy"], default=0.0) for r in runs]
+        found = [
+            [min(errors(r), default=math.inf) for r in runs]
             for m in reference
             if (runs := self.select(problem=problem, method=m, track=track))
         ]
-        worst = max((quantile(values, 0.75) for values in errors), default=math.nan)
-        return 1 - SLACK * worst
+        worst = max((quantile(values, 0.75) for values in found), default=math.nan)
+        return worst * LOSS_SLACK if by_loss(problem) else 1 - SLACK * worst
 
     def reach(self, record: Record, unit: str) -> float:
         """Seconds or steps ("at") until the target; infinite for a miss."""
         target = self.targets[record["problem"]]
-        pairs = zip(record[unit], record["validation_accuracy"], strict=True)
-        return next((x for x, accuracy in pairs if accuracy >= target), math.inf)
+        sign, field = (-1, "validation_loss") if by_loss(record["problem"]) else (1, ACCURACY)
+        pairs = zip(record[unit], record[field], strict=True)
+        return next((x for x, value in pairs if sign * value >= sign * target), math.inf)
 
     def to_target(self, unit: str, **wanted: Any) -> list[float]:
         return [self.reach(r, unit) for r in self.select(**wanted)]
@@ -165,6 +172,8 @@ def tables(runs: Runs) -> dict[str, str]:
 
     def accuracy(method: str, problem: str, track: str) -> str:
         records = runs.select(problem=problem, method=method, track=track)
+        if by_loss(problem):
+            return spread([math.inf if r["diverged"] else r["test_loss"] for r in records])
         return spread([r["test_accuracy"] or 0.0 for r in records], percent)
 
     def tuned(method: str, problem: str) -> str:
@@ -189,23 +198,32 @@ def tables(runs: Runs) -> dict[str, str]:
     return result
 
 
+def goal(runs: Runs, problem: str, digits: int) -> str:
+    """The target, as people say it."""
+    target = runs.targets[problem]
+    return number(target) if by_loss(problem) else f"{100 * target:.{digits}f} %"
+
+
 def page(runs: Runs) -> str:
     """The tables with what they mean."""
+    losses = any(map(by_loss, runs.problems))
     headings = {
         "time": "Seconds to the target",
         "steps": "Steps to the target",
-        "accuracy": "Test accuracy at the end, %",
+        "accuracy": "Test accuracy at the end, %" + ", or test loss" * losses,
         "cost": "Time of a step, in SGD steps",
         "lr": "Learning rates that tuning chose",
     }
     seeds = len({r["seed"] for r in runs.records if r["track"] != "trial"})
-    targets = ", ".join(f"{TRAINING[p].title} {100 * runs.targets[p]:.2f} %" for p in runs.problems)
+    targets = ", ".join(f"{TRAINING[p].title} {goal(runs, p, 2)}" for p in runs.problems)
     parts = [
         "# The optimizer benchmark",
         harness.sentence(runs.records[0]["machine"]),
         f"Median and quartiles of {seeds} seeds; a run that misses the target counts as infinite. "
         f"Targets (validation accuracy; {SLACK:g} times the error that three of four runs of both "
-        f"{' and '.join(REFERENCES)} reach): {targets}.",
+        f"{' and '.join(REFERENCES)} reach"
+        + f", {LOSS_SLACK:g} times a loss" * losses
+        + f"): {targets}.",
     ]
     if runs.select(track="trial"):
         tried = ", ".join(f"{TRAINING[p].title} {runs.tried(p)}" for p in runs.problems)
@@ -289,7 +307,8 @@ def curves(runs: Runs, track: str, path: Path) -> None:
                 ax.plot(x, middle, label=method, **look(method))
                 ax.fill_between(x, low, high, color=look(method)["color"], alpha=0.15, linewidth=0)
             ax.set(xlabel=label, yscale="log", xscale="log" if unit == "seconds" else "linear")
-            ax.set_ylim(top=min(ax.get_ylim()[1], 4))  # above the loss of the first weights: failed
+            if not by_loss(problem):
+                ax.set_ylim(top=min(ax.get_ylim()[1], 4))  # above that of the first weights: failed
             logarithmic(ax.yaxis)
             if unit == "seconds":
                 logarithmic(ax.xaxis)
@@ -327,7 +346,7 @@ def times(runs: Runs, track: str, path: Path) -> None:
         ax.set_yticklabels(names if ax is axes[0, 0] else [])
         ax.set_xlim(min(finite) / 1.5, edge)
         logarithmic(ax.xaxis)
-        ax.set_title(f"{TRAINING[problem].title}: {100 * runs.targets[problem]:.1f} %")
+        ax.set_title(f"{TRAINING[problem].title}: {goal(runs, problem, 1)}")
     finish(figure, axes, f"Time to the target: {TRACKS[track]}", path)
 
 
@@ -346,6 +365,13 @@ def profiles(runs: Runs, path: Path) -> None:
     finish(figure, axes, "Performance profile: time to the target", path)
 
 
+def quality(record: Record) -> float:
+    """What a trial ended with: accuracy in percent, or the loss with its sign turned."""
+    if by_loss(record["problem"]):
+        return -math.inf if record["diverged"] else -errors(record)[-1]
+    return 0.0 if record["diverged"] else 100 * record["validation_accuracy"][-1]
+
+
 def sensitivity(runs: Runs, path: Path) -> None:
     """Validation accuracy of every trial against its learning rate, best one at 1."""
     figure, axes = grid(1, len(runs.problems), 2.8)
@@ -356,21 +382,19 @@ def sensitivity(runs: Runs, path: Path) -> None:
             if not trials:
                 continue
             best = best_lr(trials, problem, method)
-            points = [
-                (r["lr"] / best, 0.0 if r["diverged"] else 100 * r["validation_accuracy"][-1])
-                for r in sorted(trials, key=lambda r: r["lr"])
-            ]
+            points = [(r["lr"] / best, quality(r)) for r in sorted(trials, key=lambda r: r["lr"])]
             shown += points
             ax.plot(*zip(*points, strict=True), "o-", markersize=3, label=method, **look(method))
         ax.axvline(1, color="#bbbbbb", linewidth=1, zorder=1)
         # The upper part tells optimizers apart; what fails leaves the picture at its lower edge.
         top = max((y for _, y in shown), default=100.0)
-        inside = [x for x, y in shown if y > top - DROP] or [1.0]
-        ax.set(xscale="log", xlabel="lr / best lr", ylim=(top - DROP, top + 1))
+        drop = 0.5 * abs(top) if by_loss(problem) else DROP
+        inside = [x for x, y in shown if y > top - drop] or [1.0]
+        ax.set(xscale="log", xlabel="lr / best lr", ylim=(top - drop, top + 0.05 * drop))
         ax.set_xlim(min(inside) / 1.5, max(inside) * 1.5)
         logarithmic(ax.xaxis)
         ax.set_title(TRAINING[problem].title)
-    axes[0, 0].set_ylabel("final validation accuracy, %")
+    axes[0, 0].set_ylabel("final validation accuracy, %, or -loss")
     finish(figure, axes, "Sensitivity to the learning rate", path)
 
 

@@ -17,9 +17,9 @@ pytest.importorskip("tqdm")
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))  # scripts, not a package
-harness, jacobians, optimizers, private_step, problems, quantities, report = map(
+harness, jacobians, optimizers, private_step, problems, quantities, report, step_cost = map(
     import_module,
-    ("harness", "jacobians", "optimizers", "private_step", "problems", "quantities", "report"),
+    "harness jacobians optimizers private_step problems quantities report step_cost".split(),
 )
 CPU = torch.device("cpu")
 THREADS = ["--threads", "1"]  # two would wait for each other on a busy machine
@@ -237,6 +237,56 @@ def test_an_error_is_not_taken_for_divergence(tiny):
     key = dict(zip(optimizers.KEY, ("tiny", "broken", "defaults", 1, 0.1, 10), strict=True))
     with pytest.raises(ValueError, match="a mistake"):
         optimizers.Run(tiny, method, tiny.data(), key, evaluations=1).advance()
+
+
+@pytest.mark.parametrize("name", ["autoencoder", "transformer", "gru", "resnet"])
+def test_losses_and_errors_of_the_newer_problems(name, monkeypatch):
+    problem = problems.TRAINING[name]
+    pixels = torch.rand(40, 1, 28, 28, generator=torch.Generator().manual_seed(0))
+    monkeypatch.setattr(
+        problems,
+        "mnist",
+        lambda: {p: problems.Split(pixels, torch.arange(40) % 10) for p in ("train", "test")},
+    )
+    data = (problems.mnist() if name == "resnet" else problem.data())["train"]
+    x, y = data.x[:3], data.y[:3]
+    torch.manual_seed(0)
+    model = problem.model()
+    loss, output = problems.loss_of(model, x, y), model(x)
+    if name == "autoencoder":
+        terms = y * F.logsigmoid(output.view_as(y)) + (1 - y) * F.logsigmoid(-output.view_as(y))
+        assert loss.item() == pytest.approx(-terms.sum().item() / 3, rel=1e-5)
+    else:
+        picked = output.log_softmax(1)[torch.arange(y.numel()), y.flatten()]
+        assert loss.item() == pytest.approx(-picked.mean().item(), rel=1e-5)
+    split = problems.Split(x, y)
+    assert optimizers.evaluate(model, split)[0] == pytest.approx(loss.item(), rel=1e-5)
+    if problem.by_loss:
+        record = {"problem": name, "diverged": False, "validation_loss": [3.0, 1.0]}
+        assert optimizers.errors(record) == [3.0, 1.0]
+        assert optimizers.score(record) == pytest.approx(1 / 3)
+
+
+def test_text_is_shifted_by_one():
+    data = problems.library()
+    assert torch.equal(data["train"].x[0, 1:], data["train"].y[0, :-1])
+    assert data["train"].x.max() < problems.CHARACTERS
+    assert not set(map(tuple, data["test"].x.tolist())) & set(map(tuple, data["test"].y.tolist()))
+
+
+def test_cost_of_steps(tiny, tmp_path, monkeypatch):
+    names = ("SGD, momentum", "Adam", "curvopt Polar", "curvopt DiagGGN")
+    monkeypatch.setattr(step_cost, "METHODS", {n: optimizers.METHODS[n] for n in names})
+    monkeypatch.setattr(harness, "interleave", lambda these, *_: {name: [1.0] for name in these})
+    options = ["--problem", "tiny", "--quick", *THREADS, "--out", str(tmp_path)]
+    step_cost.main(options)
+    result = json.loads((tmp_path / "step_cost.json").read_text())
+    costs = result["problems"]["tiny"]["optimizers"]
+    assert costs["SGD, momentum"]["state"] == 1
+    assert costs["Adam"]["state"] == pytest.approx(2, abs=0.3)  # and counters
+    assert costs["curvopt DiagGGN"]["state"] == 3
+    assert all(cost["peak_bytes"] > 0 and cost["ratio"] == 1 for cost in costs.values())
+    assert "tiny" in (tmp_path / "step_cost.md").read_text()
 
 
 # ----------------------------------------------------------------------------------------- report

@@ -103,7 +103,9 @@ class Computation(Reduction):
             if slow:
                 ones = [up.unsqueeze(0) for up in self._gradients()]
                 slow_rows = self._rows(slow, [t.output for t in self.terms], ones)
-        due, left = self._due("watch"), self._undisturbed()
+        due, left = self._due("watch"), list[Tensor]()
+        if any(quantity.reads_totals for quantity in quantities):
+            left = self._undisturbed()
         caught: dict[Use, Tensor] = {}
         handles = [catch(use, caught) for use in self.uses]
         try:

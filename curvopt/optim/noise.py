@@ -29,6 +29,7 @@ class Moments(Quantity):
     """
 
     field = "moments"
+    reads_totals = True
 
     def __init__(self, products: bool):
         self.asked = products

@@ -204,10 +204,11 @@ class PolarOptimizer(EngineOptimizer):
         if self._looks():
             return [Structures()]
         tables, factored = self._measured()
-        wanted: list[Quantity] = (
-            [Diagonal(generator=self._own_draws(self.generator))] if tables else []
-        )
+        wanted: list[Quantity] = [self._sketch()] if tables else []
         return [*wanted, Structures()] if factored else wanted
+
+    def _sketch(self) -> Diagonal:
+        return Diagonal(generator=self._own_draws(self.generator))
 
     def _tape(self) -> Tape:
         """Records the parameters of which something is wanted: the others cost nothing."""

@@ -52,6 +52,8 @@ def polar(matrix: Tensor, eps: float) -> Tensor:
     gram = _gram(wide)
     if len(gram) == 1:
         return (wide * _inverse_root(gram[0], eps)).to(matrix.dtype)
+    if len(gram) > 256 and not wide.any():  # a layer that is dead: no need to decompose it
+        return torch.zeros_like(matrix)
     if matrix.device.type != "cpu":  # where eigenvalues cost more than many products
         return newton_schulz(wide, gram, eps).to(matrix.dtype)
     values, vectors = torch.linalg.eigh(gram)

@@ -86,11 +86,13 @@ class Quantity:
         field: name of the result's field.
         cotangent: what is sent back.
         own: rows are those of each sample's own loss, not its part of the loss as written.
+        reads_totals: it reads `Context.totals`, which are copies of gradients.
     """
 
     field: str
     cotangent: Cotangent = GRADIENT
     own: bool = False
+    reads_totals: bool = False
 
     def reduce(self, structure: Structure, context: Context) -> Tensor:
         """Reduce one parameter's structure; the parts of a chunked backward pass are added."""

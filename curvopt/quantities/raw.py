@@ -25,10 +25,12 @@ class Structures(Quantity):
     Example:
         >>> layer, x = torch.nn.Linear(4, 3), torch.randn(8, 4)
         >>> closure = lambda: layer(x).square().sum(1).mean()
-        >>> result = curvopt.compute(closure, layer.parameters(), curvopt.Structures())
-        >>> outer = result.structures[layer.weight]
-        >>> outer.left.shape, outer.right.shape  # [V, N, G, T, O] and [N, G, T, I]
-        (torch.Size([1, 8, 1, 1, 3]), torch.Size([8, 1, 1, 4]))
+        >>> result = curvopt.compute(
+        ...     lambda: loss_fn(model(x), y), model.parameters(), curvopt.Structures()
+        ... )
+        >>> outer = result.structures[p]  # of a linear layer on [N, I]: [N, 1, 1, O], [N, 1, 1, I]
+        >>> outer.left[0].shape, outer.right.shape
+        (torch.Size([8, 1, 1, 5]), torch.Size([8, 1, 1, 4]))
     """
 
     field = "structures"

@@ -119,6 +119,20 @@ def test_convolutions_norms_recurrence():
     check(both, lambda: rnn(model(x).mT)[0].square().sum((1, 2)).mean())
 
 
+def test_memory_in_another_order():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Tanh(), nn.Conv2d(8, 4, 3)).double()
+    twin = copy.deepcopy(model).to(memory_format=torch.channels_last)
+    x = torch.randn(5, 3, 8, 8, dtype=torch.float64)
+    for net in (model, twin):
+        opt = curvopt.PolarOptimizer(net.parameters())
+        for _ in range(4):
+            opt.step(lambda net=net: net(x).square().sum((1, 2, 3)).mean())
+    for a, b in zip(twin.parameters(), model.parameters(), strict=True):
+        assert a.ndim == 1 or a.is_contiguous(memory_format=torch.channels_last)
+        assert_close(a, b, 1e-9)
+
+
 class Tables(nn.Module):
     """A tied embedding, a table that is added, a convolution by groups: no matrices."""
 

@@ -98,6 +98,7 @@ def test_extreme_scales(scale):
 @pytest.mark.parametrize("dtype", TOLERANCE)
 def test_zeros(dtype):
     zeros, ones = torch.zeros(3, 5, dtype=dtype), torch.ones(3, 4, dtype=dtype)
+    assert not polar(torch.zeros(300, 280, dtype=dtype), EPS).any()
     for found in (
         polar(zeros, EPS),
         by_newton_schulz(zeros, EPS),
