@@ -39,7 +39,9 @@ def run_examples(names):
             end = resource.getrusage(resource.RUSAGE_CHILDREN)  # of the CPU, whatever else it does
             seconds = end.ru_utime - start.ru_utime + end.ru_stime - start.ru_stime
             runs[name] = {"seconds": round(seconds, 1)}
-            lines = [x for x in done.stdout.splitlines() if not x.startswith("curves: ")]
+            lines = [
+                x for x in done.stdout.splitlines() if not x.startswith(("curves: ", "picture: "))
+            ]
             (DOCS / "gallery" / f"{name}.txt").write_text("\n".join(lines) + "\n")
             pictures = sorted(Path(folder, "runs").glob("*.png"))
             for picture in pictures[:1]:
