@@ -139,7 +139,7 @@ def _heading(name):
     source = (ROOT / "examples" / f"{name}.py").read_text()
     text = ast.get_docstring(ast.parse(source))
     first, _, rest = text.partition("\n")
-    return source, first.rstrip("."), _plain(rest.strip())
+    return source, first.rstrip("."), _plain(rest.strip("\n"))
 
 
 def _plain(text):
