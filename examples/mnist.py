@@ -207,11 +207,8 @@ def main() -> None:
     curves = {name: asdict(run) for name, run in runs.items()}
     numbers = {"settings": vars(args), "data": data.source, "runs": curves}
     (args.out / "mnist.json").write_text(json.dumps(numbers, default=str))
-    draw(
-        runs,
-        f"{data.source}, {TITLES[args.model]}, batches of {args.batch_size}",
-        args.out / "mnist.png",
-    )
+    title = f"{data.source}, {TITLES[args.model]}, batches of {args.batch_size}"
+    draw(runs, title, UNITS[args.clock], args.out / "mnist.png")
     print(f"curves: {args.out / 'mnist.png'} and mnist.json")
     for name, run in runs.items():
         seconds = sum(run.seconds) / len(run.seconds)
