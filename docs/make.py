@@ -48,6 +48,7 @@ def run_examples(names):
                 (DOCS / "gallery" / f"{name}.png").write_bytes(picture.read_bytes())
         text = json.dumps(runs, indent=1, sort_keys=True) + "\n"
         (DOCS / "gallery" / "runs.json").write_text(text)
+        (DOCS.parent / "examples" / "README.md").write_text(pages.listing())
 
 
 def main():
