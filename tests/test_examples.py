@@ -85,6 +85,10 @@ def test_the_list_of_examples_is_up_to_date(monkeypatch):
     assert listed == pages.listing(), "python docs/make.py --examples NAME writes it"
 
 
+def test_the_citation_names_this_version():
+    assert f"version: {curvopt.__version__}\n" in (ROOT / "CITATION.cff").read_text()
+
+
 def test_every_option_has_a_help_text():
     silent = []
     for path in [*ROOT.glob("examples/*.py"), *ROOT.glob("benchmarks/*.py"), ROOT / "docs/make.py"]:
