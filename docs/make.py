@@ -39,13 +39,16 @@ def run_examples(names):
             end = resource.getrusage(resource.RUSAGE_CHILDREN)  # of the CPU, whatever else it does
             seconds = end.ru_utime - start.ru_utime + end.ru_stime - start.ru_stime
             runs[name] = {"seconds": round(seconds, 1)}
-            lines = [x for x in done.stdout.splitlines() if not x.startswith("curves: ")]
+            lines = [
+                x for x in done.stdout.splitlines() if not x.startswith(("curves: ", "picture: "))
+            ]
             (DOCS / "gallery" / f"{name}.txt").write_text("\n".join(lines) + "\n")
             pictures = sorted(Path(folder, "runs").glob("*.png"))
             for picture in pictures[:1]:
                 (DOCS / "gallery" / f"{name}.png").write_bytes(picture.read_bytes())
         text = json.dumps(runs, indent=1, sort_keys=True) + "\n"
         (DOCS / "gallery" / "runs.json").write_text(text)
+        (DOCS.parent / "examples" / "README.md").write_text(pages.listing())
 
 
 def main():

@@ -42,6 +42,7 @@ PAGES = {
     "benchmarks": "_made/benchmarks/index",
     "benchmarks/README.md": "_made/benchmarks/index",
     "examples": "_made/gallery/index",
+    "examples/README.md": "_made/gallery/index",
     **{f"examples/{name}.py": f"_made/gallery/{name}" for name in EXAMPLES},
     **{f"docs/{p.relative_to(DOCS).as_posix()}": p.relative_to(DOCS).with_suffix("").as_posix()
        for p in DOCS.rglob("*.md") if MADE not in p.parents and p != DOCS / "index.md"},
@@ -49,6 +50,7 @@ PAGES = {
        for p in (ROOT / "benchmarks/results").glob("*.md")},
 }  # fmt: skip
 ORIGINS = {page: path for path, page in PAGES.items() if (ROOT / path).is_file()}
+ORIGINS.pop("_made/gallery/index", None)  # which is made of more
 
 LINK = re.compile(r"(!?\[(?:[^\[\]]|\[[^\]]*\])*\])\((?!https?:|mailto:|#)([^)\s]+)\)")
 FENCE = re.compile(r"(^ *```.*?^ *```)", re.DOTALL | re.MULTILINE)
@@ -139,7 +141,7 @@ def _heading(name):
     source = (ROOT / "examples" / f"{name}.py").read_text()
     text = ast.get_docstring(ast.parse(source))
     first, _, rest = text.partition("\n")
-    return source, first.rstrip("."), _plain(rest.strip())
+    return source, first.rstrip("."), _plain(rest.strip("\n"))
 
 
 def _plain(text):
@@ -181,6 +183,26 @@ def gallery():
         if cards:
             text += f"\n## {title}\n\n::::{{grid}} 1 2 2 3\n:gutter: 3\n\n{''.join(cards)}::::\n"
     return text + _toctree(EXAMPLES)
+
+
+def listing():
+    """The examples as a table, for `examples/README.md`."""
+    lines = [
+        "# Examples",
+        "",
+        "Complete programs; `--help` lists the options of each. Times are seconds of one CPU core,",
+        "with the defaults. `pip install -c constraints.txt -e '.[examples]'` brings what they",
+        "need, but for `laplace_backend.py`, which says in its first lines what it wants. The list",
+        "is written by `python docs/make.py --examples`, and so is the gallery of the site.",
+        "",
+        "| program | shows | seconds |",
+        "| :-- | :-- | --: |",
+    ]
+    for name in EXAMPLES:
+        seconds = known().get(name, {}).get("seconds")
+        shown = "" if seconds is None else f"{seconds:.0f}"
+        lines.append(f"| [{name}.py]({name}.py) | {_heading(name)[1]} | {shown} |")
+    return "\n".join(lines) + "\n"
 
 
 def card(name):

@@ -78,13 +78,14 @@ def draw(jacobian: Jacobian, names: list[str], path: Path) -> None:
     panels = figure.subplots(1, len(parts), sharey=True, width_ratios=widths)
     for axes, part, name in zip(panels, parts, names, strict=True):
         image = axes.imshow(part, aspect="auto", cmap="RdBu", norm=norm, interpolation="nearest")
-        axes.set(title=name, xticks=[0, part.shape[1] - 1] if part.shape[1] > 9 else [])
-        axes.set_xlabel(f"{part.shape[1]} elements")
+        axes.set(xticks=[], xlabel=f"{part.shape[1]}")
+        axes.set_title(name, fontsize=9)
     outputs = next(iter(jacobian.values())).shape[1]
     ticks = range(0, len(parts[0]), 2 * outputs)
     panels[0].set_yticks(ticks, [f"sample {t // outputs}" for t in ticks])
     figure.colorbar(image, ax=panels, label="derivative of an output")
-    figure.suptitle(f"Jacobian: each row one of the {outputs} outputs of a sample", fontsize=10)
+    figure.suptitle(f"A row for each of the {outputs} outputs of a sample", fontsize=11)
+    figure.supxlabel("elements of the parameter", fontsize=10)
     figure.savefig(path, dpi=150)
 
 
@@ -120,8 +121,10 @@ def main() -> None:
         for (parameter, p), rows in zip(model.named_parameters(), truth.values(), strict=True):
             agree(f"  {parameter} {list(jacobian[p].shape)}", jacobian[p], rows)
 
+    layers = {name: type(layer).__name__ for name, layer in model.named_children()}
+    names = [f"{name} ({layers[name[0]]})" for name, _ in model.named_parameters()]
     args.out.mkdir(parents=True, exist_ok=True)
-    draw(truth, [name for name, _ in model.named_parameters()], args.out / "jacobian.png")
+    draw(truth, names, args.out / "jacobian.png")
     print(f"picture: {args.out / 'jacobian.png'}")
 
 

@@ -157,7 +157,7 @@ def main() -> None:
         xscale="log",
         xlabel="strength of the penalty",
         ylabel="mean accuracy on both tasks, %",
-        title="What a strength means depends on the batch, unless samples count",
+        title="What a strength means depends on the batch size",
     )
     axes.grid(alpha=0.3)
     figure.legend(frameon=False, fontsize=8, loc="outside lower center", ncols=2)

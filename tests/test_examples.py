@@ -1,4 +1,5 @@
 import ast
+import importlib
 import json
 import os
 import re
@@ -74,6 +75,18 @@ def test_mnist_refuses(tmp_path, arguments, message):
     done = run_mnist(tmp_path, *arguments)
     assert done.returncode == 2
     assert message in done.stderr
+
+
+def test_the_list_of_examples_is_up_to_date(monkeypatch):
+    pytest.importorskip("tomllib")
+    monkeypatch.syspath_prepend(str(ROOT / "docs"))
+    pages = importlib.import_module("pages")
+    listed = (ROOT / "examples" / "README.md").read_text()
+    assert listed == pages.listing(), "python docs/make.py --examples NAME writes it"
+
+
+def test_the_citation_names_this_version():
+    assert f"version: {curvopt.__version__}\n" in (ROOT / "CITATION.cff").read_text()
 
 
 def test_every_option_has_a_help_text():
