@@ -22,6 +22,7 @@ class SlowPathWarning(UserWarning):
 
 
 SCALED = (
-    "GradScaler scales the loss, and with it everything that is computed beside the gradient: use "
-    "torch.autocast with bfloat16, which needs no scaling, or disable it"
+    "GradScaler scales the loss, and with it everything that is computed beside the gradient, by a "
+    "number that is not known here: use torch.autocast with bfloat16, which needs no scaling. "
+    "(DiagGGNOptimizer and VarianceAdaptiveSGD take scaler.step(opt) without scaler.unscale_(opt))"
 )

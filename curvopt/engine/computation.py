@@ -14,7 +14,7 @@ from curvopt.axes.layout import Layout
 from curvopt.engine.accounts import paths_of
 from curvopt.engine.backward import unspent
 from curvopt.engine.hessian import Hessian
-from curvopt.engine.hooks import catch, check_backward
+from curvopt.engine.hooks import check_backward, passing
 from curvopt.engine.own import kind_of
 from curvopt.engine.paths import REENTRANT, walk
 from curvopt.engine.penalties import penalty_gradients
@@ -28,7 +28,7 @@ from curvopt.losses import Loss
 from curvopt.losses.generic import Closure
 from curvopt.quantities.base import Context, Cotangent, Pass, Quantity
 from curvopt.quantities.first_order import Gradient
-from curvopt.recording.uses import Call, Use
+from curvopt.recording.uses import Call
 from curvopt.structures import Dense, Structure, total
 
 
@@ -106,13 +106,8 @@ class Computation(Reduction):
         due, left = self._due("watch"), list[Tensor]()
         if any(quantity.reads_totals for quantity in quantities):
             left = self._undisturbed()
-        caught: dict[Use, Tensor] = {}
-        handles = [catch(use, caught) for use in self.uses]
-        try:
+        with passing(self.uses, self.tape.params) as caught:
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
         with torch.no_grad():
             sent = {use: c.unsqueeze(0) for use, c in caught.items()}
             parts = self._structures([*sent], [*sent.values()])
@@ -151,6 +146,12 @@ class Computation(Reduction):
         if self.plan is None:  # it holds no sample
             return calls
         return [calls[index] for index in self.plan.reached]
+
+    @property
+    def reached_parameters(self) -> set[Tensor]:
+        """The parameters that take part, once the pass is prepared."""
+        roots = {r for use in self.uses for value in use.values.values() for r in value.roots}
+        return {self.tape.by_id[root] for root in roots} | set(self.slow)
 
     @property
     def shared(self) -> list[list[int]]:

@@ -173,9 +173,9 @@ class Cotangents:
                 up, factor = up if factor == 1 else up * factor, 1.0
             options["retain_graph"] = retain
             if self.hooked:
-                grad = before_hooks(term.value, term.output, up, **options)
+                grad = before_hooks(term.end, term.output, up, **options)
             else:
-                (grad,) = torch.autograd.grad(term.value, term.output, up, **options)
+                (grad,) = torch.autograd.grad(term.end, term.output, up, **options)
             if isinstance(factor, Tensor):
                 assert layout is not None
                 grad = per_sample(grad, factor.to(grad), layout)

@@ -8,13 +8,14 @@ belongs to, and what was summed over samples must meet none of them again.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import get_gradient_edge
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from curvopt.axes.lattice import MIXED, State
 from curvopt.axes.owners import Meeting, Replay
@@ -138,11 +139,11 @@ def _mixes(meeting: Meeting | None) -> CurvoptError:
     )
 
 
-def before_hooks(value: Tensor, output: Tensor, up: Tensor, **options: Any) -> Tensor:
+def before_hooks(value: GradientEdge, output: Tensor, up: Tensor, **options: Any) -> Tensor:
     """Gradient of a loss in its input, before the hooks on that, which are called on the way down.
 
     Args:
-        value: the loss.
+        value: the gradient edge of the loss.
         output: its input.
         up: the gradient of the value.
         **options: as `torch.autograd.grad` takes them.
@@ -154,7 +155,7 @@ def before_hooks(value: Tensor, output: Tensor, up: Tensor, **options: Any) -> T
         if grad is not None:
             caught.append(grad.sum_to_size(output.shape).to(output.dtype))
 
-    seen, stack = {value.grad_fn, end.node}, [value.grad_fn]
+    seen, stack = {value.node, end.node}, [value.node]
     while stack:
         node = stack.pop()
         assert node is not None
@@ -224,6 +225,50 @@ def _caught(
         for handle in handles:
             handle.remove()
     return caught
+
+
+@contextmanager
+def passing(uses: Sequence[Use], params: Sequence[Tensor]) -> Iterator[dict[Use, Tensor]]:
+    """Catch the cotangents of uses in the backward pass that accumulates gradients.
+
+    Others may go by before and after it, from another optimizer that measures on the same loss.
+
+    Args:
+        uses: the uses.
+        params: what the pass accumulates to.
+
+    Yields:
+        The cotangents, once the pass is over.
+    """
+    by_pass: dict[int, dict[Use, Tensor]] = {}
+    ended: list[int] = []
+    result: dict[Use, Tensor] = {}
+    task = torch._C._current_graph_task_id
+
+    def end(*_: Any) -> None:
+        ended.append(task())
+
+    def watch(use: Use) -> Any:
+        number = use.edge.output_nr
+
+        def hook(_: Any, grads: tuple[Tensor | None, ...]) -> None:
+            caught, grad = by_pass.setdefault(task(), {}), grads[number]
+            if grad is not None:
+                caught[use] = caught[use] + grad if use in caught else grad
+
+        return use.edge.node.register_hook(hook)
+
+    handles = [watch(use) for use in uses]
+    nodes: list[Any] = [get_gradient_edge(p).node for p in params]
+    handles += [node.register_hook(end) for node in nodes]
+    try:
+        yield result
+    finally:
+        for handle in handles:
+            handle.remove()
+    number = next((n for n in ended if n in by_pass), next(reversed(by_pass), None))
+    if number is not None:
+        result.update(by_pass[number])
 
 
 def catch(

@@ -38,7 +38,7 @@ def loss_terms(
     Returns:
         The terms, and whether some part of the loss is none of them.
     """
-    table: dict[Any, Loss] = {term.value.grad_fn: term for term in losses}
+    table: dict[Any, Loss] = {term.end.node: term for term in losses}
     proper = {node: t for node, t in table.items() if not isinstance(t, Reduction)}
     terms: list[Loss] = []
     others = False
@@ -109,12 +109,12 @@ def closure_terms(loss: Tensor, output: Tensor, terms: list[Loss], kind: str | N
 
 def upstream(loss: Tensor, terms: list[Loss]) -> list[Tensor]:
     """Derivative of the loss in the value of each term."""
-    if len(terms) == 1 and loss is terms[0].value:
+    if len(terms) == 1 and loss.grad_fn is terms[0].end.node:
         return [torch.ones_like(loss, requires_grad=False)]
-    values = [term.value for term in terms]
+    ends = [term.end for term in terms]
     with torch.enable_grad():
-        grads = torch.autograd.grad(loss, values, create_graph=True)
-    nodes = {value.grad_fn for value in values}
+        grads = torch.autograd.grad(loss, ends, create_graph=True)
+    nodes = {end.node for end in ends}
     if any(grad.grad_fn is not None and walk(grad.grad_fn, nodes)[0] for grad in grads):
         raise CurvoptError(
             f"the loss is no weighted sum of {', '.join(term.name for term in terms)} (a root, a "

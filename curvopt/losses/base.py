@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from curvopt.axes.layout import Layout
 from curvopt.errors import CurvoptError
@@ -27,6 +28,7 @@ class Loss(ABC):
     Attributes:
         mark: the output's place in the trace of the pass.
         begin: number of ops before the call.
+        end: the value's gradient edge, whatever happens to the value in place.
         value_at, value_ref: the value's place.
     """
 
@@ -37,6 +39,8 @@ class Loss(ABC):
     def __init__(self, output: Tensor, value: Tensor, reduction: str):
         self.output, self.value, self.reduction = output, value, reduction
         self.version = output._version
+        with torch._C.DisableTorchFunction():
+            self.end = get_gradient_edge(value)
         self.mark: Any = None
         self.begin: Any = None
         self.value_at: Any = None
@@ -51,6 +55,14 @@ class Loss(ABC):
                 "use the out-of-place form of that operation"
             )
         return self.output
+
+    def release(self) -> None:
+        """Let go of the value and its node, for a while; `restore` undoes it."""
+        del self.value, self.end
+
+    def restore(self, end: GradientEdge) -> None:
+        """Take the value's gradient edge back."""
+        self.end = end
 
     @property
     def token_shape(self) -> torch.Size:

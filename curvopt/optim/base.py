@@ -5,7 +5,8 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import Any, ClassVar, cast
+from functools import partial
+from typing import Any, ClassVar
 
 import torch
 from torch import Generator, Tensor
@@ -14,15 +15,16 @@ from torch.overrides import TorchFunctionMode
 from curvopt.engine.checks import check_loss
 from curvopt.engine.computation import Computation
 from curvopt.errors import SCALED, CurvoptError
-from curvopt.optim.joined import Backward, Joined
-from curvopt.parallel.shards import local, stamps
+from curvopt.optim.gradients import Gradients, of_lightning
+from curvopt.optim.joined import Backward
 from curvopt.quantities import Quantity
+from curvopt.recording.parked import WaitingTape
 from curvopt.recording.tape import Tape
 
 Closure = Callable[[], Any]
 
 
-class EngineOptimizer(Joined):
+class EngineOptimizer(Gradients):
     """An optimizer that pulls quantities from the engine inside ``step``.
 
     A subclass says in `_wanted` what it needs beside the gradient for the coming step, checks the
@@ -84,12 +86,9 @@ class EngineOptimizer(Joined):
         self.steps = 0
         self._among(process_group)
         self._forget()
+        self._arm()
 
     # -- for subclasses ---------------------------------------------------------------------------
-
-    def _wanted(self) -> list[Quantity]:
-        """Quantities of the coming step, beside the gradient."""
-        raise NotImplementedError
 
     def _update(self) -> None:
         """Move the parameters; called once a step, without gradients."""
@@ -109,12 +108,6 @@ class EngineOptimizer(Joined):
         values = computation.run(quantities)
         backward()
         self.collected.append(values)
-
-    def _keep_gradients(self) -> None:
-        """Copy the gradients, to which autograd adds in place: a failed step gives them back."""
-        for p in self._parameters():
-            if p.grad is not None:
-                p.grad = p.grad.clone()
 
     def _tape(self) -> Tape:
         """What records a step."""
@@ -153,14 +146,15 @@ class EngineOptimizer(Joined):
         loss = None
         self._met = False
         try:
-            self._refuse_scaling()
+            if self._overflowed():
+                self._forget()
+                self._arm()
+                return None
             if closure is not None:
                 loss = self._run(closure)
-            if not self._recorded:
-                raise CurvoptError(
-                    "nothing was recorded for this step: call step(closure), or run the forward "
-                    "pass and backward() inside `with opt.record():` before step()"
-                )
+                if loss is None and self._is_skipped(closure):
+                    return None
+            self._check_recorded()
             taken = self.steps
             if self.goes_backward:
                 self._meet_others()
@@ -174,9 +168,12 @@ class EngineOptimizer(Joined):
                     p.grad = grad
                 self._left = left
             self.collected, self._recorded = before
+            for name in ("grad_scale", "found_inf"):  # GradScaler takes them away after a success
+                vars(self).pop(name, None)
             raise
         self.collected.clear()
         self._note(recorded=False)
+        self._arm()
         return loss
 
     def _run(self, closure: Closure) -> Any:
@@ -186,8 +183,8 @@ class EngineOptimizer(Joined):
             loss = closure()
         if self._recorded:
             return loss
-        if loss is None and pending:  # Lightning's manual optimization: an empty closure
-            self._recorded = True
+        if loss is None and (pending or (self.goes_backward and of_lightning(closure))):
+            self._recorded = pending
             return loss
         self.zero_grad()
         with torch.enable_grad():  # and no recording of the pass itself
@@ -227,83 +224,63 @@ class EngineOptimizer(Joined):
         if not wanted:
             return PlainBackward(self)
 
-        def backward(
-            tape: Tape,
-            loss: Tensor,
-            gradient: Tensor | None = None,
-            retain_graph: bool | None = None,
-            create_graph: bool = False,
-            inputs: Any = None,
-            output: Tensor | None = None,
-        ) -> None:
-            if gradient is not None or create_graph or inputs is not None:
-                raise CurvoptError(
-                    "a recorded backward() takes no arguments; scale the loss instead of giving a "
-                    "gradient, and go backward once over one forward pass"
-                )
-
-            def make() -> Computation:
-                return Computation(
-                    tape,
-                    loss,
-                    self.reduction,
-                    output=output,
-                    finite=self.finite_loss,
-                    declared=not self.goes_backward,
-                    penalties=True,
-                )
-
-            def on(retain: bool = False) -> None:
-                self._keep_gradients()
-                with tape.trace.paused(), torch.enable_grad():
-                    loss.backward(retain_graph=retain_graph or retain)
-
-            with torch.no_grad():
-                computation = self._measure(tape, make, wanted, on)
-            self._note(recorded=True)
-            tape.consume(computation.reached)
-
         tape = self._tape()
-        tape.on_backward, tape.on_module = backward, self._wrappers.meet
+        tape.on_backward, tape.on_module = partial(self._watched, wanted), self._wrappers.meet
+        tape.owner = self
         return tape
 
-    # -- what p.grad holds ------------------------------------------------------------------------
+    def _waiting_tape(self, on_backward: Callable[..., Any]) -> WaitingTape:
+        self._met = self._told = False
+        named = [(name, p) for p, name in self._tape().names.items()]
+        tape = WaitingTape(named, batch_size=self.batch_size, on_backward=on_backward)
+        tape.on_module = self._wrappers.meet
+        return tape
 
-    def _begin_pass(self) -> None:
-        """See to it that ``p.grad`` holds the gradients of recorded passes, or None."""
-        if self._unchanged():
-            return
-        for p in self._parameters():
-            if self._is_filled(p):
-                raise CurvoptError(
-                    f"{self._name(p)} holds a gradient that was not recorded, so nothing is known "
-                    "of its samples: call zero_grad() first, and run every backward pass of a "
-                    "step inside its closure or `with opt.record():`"
-                )
-        self.zero_grad()
-
-    def _is_filled(self, p: Tensor) -> bool:
-        """Whether there is a gradient, which must have come from somewhere."""
-        return p.grad is not None and bool(local(p.grad).any())
-
-    def _unchanged(self) -> bool:
-        """Whether ``p.grad`` is as the last recorded pass or step left it."""
-        grads = [(p, p.grad) for p in self._parameters() if p.grad is not None]
-        if len(grads) != len(self._left):
-            return False
-        return all(
-            p is q and grad is left and stamp == before
-            for (p, grad), (q, left, before), stamp in zip(
-                grads, self._left, stamps([grad for _, grad in grads]), strict=True
+    def _watched(
+        self,
+        wanted: list[Quantity],
+        tape: Tape,
+        loss: Tensor,
+        gradient: Tensor | None = None,
+        retain_graph: bool | None = None,
+        create_graph: bool = False,
+        inputs: Any = None,
+        output: Tensor | None = None,
+    ) -> None:
+        if gradient is not None or create_graph or inputs is not None:
+            raise CurvoptError(
+                "a recorded backward() takes no arguments; scale the loss instead of giving a "
+                "gradient, and go backward once over one forward pass"
             )
-        )
 
-    def _note(self, *, recorded: bool) -> None:
-        """Remember ``p.grad`` as it is: what changes it from now on went unrecorded."""
-        self._recorded = recorded
-        params = [p for p in self._parameters() if p.grad is not None]
-        grads = [cast(Tensor, p.grad) for p in params]
-        self._left = list(zip(params, grads, stamps(grads), strict=True))
+        def on(retain: bool = False) -> None:
+            self._keep_gradients()
+            tape.went = 1
+            with tape.trace.paused(), torch.enable_grad(), self._seeing():
+                loss.backward(retain_graph=retain_graph or retain)
+            tape.went = 2
+
+        if self._spares(tape, loss):
+            check_loss(loss)
+            on()
+            self._note_plain()
+            return
+
+        def make() -> Computation:
+            return Computation(
+                tape,
+                loss,
+                self.reduction,
+                output=output,
+                finite=self.finite_loss,
+                declared=not self.goes_backward,
+                penalties=True,
+            )
+
+        with torch.no_grad():
+            computation = self._measure(tape, make, wanted, on)
+        self._note(recorded=True)
+        tape.consume(computation.reached)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Reset the gradients, and what was recorded with them.
@@ -317,11 +294,34 @@ class EngineOptimizer(Joined):
             if p.grad is not None:
                 p.grad = None if set_to_none else torch.zeros_like(p.grad)
         self._forget()
+        if self._watch is not None:
+            self._watch.settle()
 
-    def _refuse_scaling(self) -> None:
-        if hasattr(self, "found_inf"):  # GradScaler.step sets both for the length of the call
-            vars(self).pop("grad_scale"), vars(self).pop("found_inf")
+    def _overflowed(self) -> bool:
+        """Whether GradScaler found the gradients not finite; else its scale is taken out."""
+        if not hasattr(self, "found_inf"):  # it sets both for the length of the call
+            return False
+        if not self.goes_backward:
             raise CurvoptError(SCALED)
+        if float(self.found_inf):
+            return True
+        scale = vars(self).get("grad_scale")
+        measured = any(self.collected) or self._failed is not None
+        if scale is None:  # unscale_() was called, so that the scale is not known any more
+            if measured:
+                raise CurvoptError(SCALED)
+            return False
+        inverse = 1 / float(scale)
+        if measured and self._failed is None:
+            self._rescale(inverse)
+        for p in self._parameters():
+            if p.grad is not None:
+                p.grad = p.grad * inverse
+        return False
+
+    def _rescale(self, inverse: float) -> None:
+        """Take a factor out of the loss that `collected` is of."""
+        raise CurvoptError(SCALED)
 
 
 def wrapped_by(optimizer: EngineOptimizer) -> EngineOptimizer | None:
@@ -334,7 +334,7 @@ class PlainBackward(TorchFunctionMode):
 
     def __init__(self, optimizer: EngineOptimizer):
         super().__init__()
-        self.optimizer = optimizer
+        self.optimizer = self.owner = optimizer
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is Tensor.backward:
@@ -344,7 +344,6 @@ class PlainBackward(TorchFunctionMode):
     def backward(self, loss: Tensor, *args: Any, output: Any = None, **kwargs: Any) -> None:
         """Go backward as usual."""
         check_loss(loss)
-        self.optimizer._begin_pass()
         self.optimizer._keep_gradients()
         loss.backward(*args, **kwargs)
         self.optimizer.collected.append({})

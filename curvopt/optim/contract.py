@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Generator, Tensor
 
+from curvopt.optim.automatic import Watch
 from curvopt.optim.stats import Stats
 
 
@@ -24,11 +25,20 @@ class Contract(torch.optim.Optimizer):
 
     saved: ClassVar[tuple[str, ...]] = ()
     generator: Generator | None
+    _watch: Watch | None = None
 
     def _forget(self) -> None:
         self.collected: list[Any] = []
         self._left: list[tuple[Tensor, Tensor, int]] = []  # parameter, gradient, its version
         self._recorded = False
+        self._failed: Exception | None = (
+            None  # what a backward pass that was recorded left for `step`
+        )
+        if self._watch is not None:
+            self._watch.unseen.clear()
+
+    def _arm(self) -> None:
+        """Get ready for the coming step."""
 
     def _validate(self, group: dict[str, Any]) -> None:
         """Raise ValueError for settings that make no sense; called for every new group."""
@@ -59,6 +69,8 @@ class Contract(torch.optim.Optimizer):
                 seen.add(id(p))
         self._validate(self.defaults | param_group)
         super().add_param_group(param_group)
+        if self._watch is not None:
+            self._watch.arm()
 
     def state_dict(self) -> dict[str, Any]:
         """As in torch, with one more entry, ``"engine"``: counters and the generator's state."""
@@ -70,13 +82,13 @@ class Contract(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As in torch, but state keeps its dtype: float32 also for half-precision parameters."""
         final: dict[str, Any] = {}
-        passing = self.collected, self._left, self._recorded  # p.grad stays as well
+        passing = self.collected, self._left, self._recorded, self._failed  # p.grad stays as well
         hook = self.register_load_state_dict_pre_hook(lambda _, loaded: final.update(loaded))
         try:
             super().load_state_dict(state_dict)
         finally:
             hook.remove()
-        self.collected, self._left, self._recorded = passing
+        self.collected, self._left, self._recorded, self._failed = passing
         indices = (index for group in final["param_groups"] for index in group["params"])
         for index, p in zip(indices, self._parameters(), strict=True):
             for key, value in final["state"].get(index, {}).items():
@@ -88,11 +100,12 @@ class Contract(torch.optim.Optimizer):
             setattr(self, name, deepcopy(value))
         if generator is not None and self.generator is not None:
             self.generator.set_state(generator.cpu())
+        self._arm()
 
     def __getstate__(self) -> dict[str, Any]:
         """All but hooks, gradients of a step under way, and ``step``, which schedulers wrap."""
         kept = vars(self).items()
-        passing = ("step", "collected", "_left", "_recorded")
+        passing = ("step", "collected", "_left", "_recorded", "_failed", "_watch")
         return {k: v for k, v in kept if k not in passing and not k.startswith("_optimizer_")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -101,6 +114,7 @@ class Contract(torch.optim.Optimizer):
         for group in self.param_groups:  # of an older version, which lacked some settings
             for key in self.defaults.keys() - {"differentiable"}:  # which torch adds
                 group.setdefault(key, self.defaults[key])
+        self._arm()
 
     # -- what can be seen -------------------------------------------------------------------------
 

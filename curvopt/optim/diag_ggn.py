@@ -9,18 +9,18 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import Generator, Tensor
 
+from curvopt.engine.computation import Computation
 from curvopt.optim import stats
-from curvopt.optim.base import EngineOptimizer
+from curvopt.optim.joined import Backward
 from curvopt.optim.rate import adapt
+from curvopt.optim.schedule import Scheduled
+from curvopt.optim.squares import nothing, square, squares
 from curvopt.optim.state import held
 from curvopt.parallel.shards import is_sharded, like, local, over_shards
 from curvopt.quantities import DiagGGNExact, DiagGGNMC, Quantity
 
-# Elements of a block: 256 KiB of float32.
-BLOCK = 1 << 16
 
-
-class DiagGGNOptimizer(EngineOptimizer):
+class DiagGGNOptimizer(Scheduled):
     r"""Damped Newton steps with the GGN's diagonal, bounded, at a rate that finds itself.
 
     With the gradient g, D the diagonal of the generalized Gauss-Newton matrix of the loss, all
@@ -73,8 +73,8 @@ class DiagGGNOptimizer(EngineOptimizer):
         adaptation: :math:`\kappa`, how fast the rate adapts: at most by the factor
             :math:`e^\kappa` a step. Default 0.3; 0 keeps the rate as it is.
         weight_decay: :math:`\lambda`, decoupled as in AdamW. Default 0.
-        curvature_every: steps from one measurement of D to the next; more at the beginning, at
-            steps 0, 1, 2, 4, 8 and so on. Default 10.
+        curvature_every: a tensor's own gradients from one measurement of its D to the next; more at
+            the beginning, at 0, 1, 2, 4, 8 and so on. Default 10.
         estimator: ``"sketch"`` (default), or ``"exact"``: one backward column per class, for small
             problems.
         samples: number of sketches to average. Default 1.
@@ -122,8 +122,6 @@ class DiagGGNOptimizer(EngineOptimizer):
 
     saved: ClassVar[tuple[str, ...]] = ("steps", "waiting")
     takes_shards = True
-    #: A parameter needs its curvature before its first step.
-    waiting = True
 
     def __init__(
         self,
@@ -176,14 +174,11 @@ class DiagGGNOptimizer(EngineOptimizer):
         if not 0 <= group["adaptation"] < float("inf"):
             raise ValueError(f"Invalid adaptation: {group['adaptation']}")
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:  # noqa: D102 (as in torch)
-        super().add_param_group(param_group)
-        self.waiting = True
+    def _measures(self) -> bool:
+        return self.waiting or any(p.requires_grad and self._due(p) for p in self._parameters())
 
     def _wanted(self) -> list[Quantity]:
-        steps, every = self.steps, self.curvature_every
-        early = steps < every and steps & (steps - 1) == 0
-        if not (early or self.waiting or steps % every == 0):
+        if not self._measures():
             return []
         if self.estimator == "exact":
             return [DiagGGNExact()]
@@ -191,6 +186,24 @@ class DiagGGNOptimizer(EngineOptimizer):
 
     def _stats(self) -> stats.Stats:
         return stats.diag_ggn(self.param_groups, self.state)
+
+    def _accumulate(
+        self, computation: Computation, quantities: list[Quantity], backward: Backward
+    ) -> None:
+        if not self._ranks.many:  # else they measure together
+            computation.prepare()
+            reached = map(self._wrappers.shards.owner, computation.reached_parameters)
+            if not any(p not in self.state or self._due(p) for p in reached):
+                backward()
+                self.collected.append({})
+                return
+        super()._accumulate(computation, quantities, backward)
+
+    def _rescale(self, inverse: float) -> None:
+        self.collected[:] = [
+            {k: {p: d * inverse for p, d in part.items()} for k, part in values.items()}
+            for values in self.collected
+        ]
 
     def _join(self) -> None:
         """The loss of all processes is the mean of theirs, and so is its curvature."""
@@ -205,7 +218,7 @@ class DiagGGNOptimizer(EngineOptimizer):
 
     def _update(self) -> None:
         measured = [part for values in self.collected for part in values.values()]
-        waiting, plans = False, []
+        unmeasured, plans = self._still_unmeasured(), []
         for group in self.param_groups:
             moves = []
             for p in group["params"]:
@@ -214,15 +227,18 @@ class DiagGGNOptimizer(EngineOptimizer):
                 parts = [part[p] for part in measured if p in part]
                 state = dict(self.state[p]) if p in self.state else {}
                 if not state and not parts:
-                    waiting = True  # it takes part for the first time: measured next
+                    unmeasured.add(p)  # its first step waits for its curvature
                     continue
+                unmeasured.discard(p)
                 if not state:
                     m = torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32))
                     state = dict(step=0, weight=0.0, momentum_buffer=m)
                     state["curvature"] = torch.zeros_like(m)
+                elif not self._due(p):
+                    parts = []  # of others' turn
                 moves.append(Move(p, p.grad, state, parts, self._name))
             plans.append(Plan(moves, group))
-        self.waiting = waiting
+        self._wait_for(unmeasured)
         for plan in plans:  # nothing has changed so far
             plan.carry_out(self.state)
 
@@ -297,7 +313,7 @@ class Plan:
             state["weight"] = 1 - (1 - self.decay) * (1 - state["weight"])
             mean = mean / state["weight"]
             # Whose inverse is a number.
-            shift = torch.where(mean > _nothing(h), damping * mean, damping)
+            shift = torch.where(mean > nothing(h), damping * mean, damping)
             torch.add(shift, inverse, alpha=1 / state["weight"], out=inverse).reciprocal_()
             if not damping:  # an element without curvature has no Newton step: it stays
                 inverse.nan_to_num_(posinf=0)
@@ -314,17 +330,17 @@ class Plan:
         """Find how far each parameter goes."""
         momentum, moves = group["momentum"], self.moves
         adapts = momentum and group["adaptation"]
-        squares = [_squares(move.m, move.grad, move.inverse, self.weight) for move in moves]
+        parts = [squares(move.m, move.grad, move.inverse, self.weight) for move in moves]
         # Fetched from their device at once.
-        numbers = torch.stack([*self._whole(squares, moves)]).tolist()
+        numbers = torch.stack([*self._whole(parts, moves)]).tolist()
         for move, (length, mean, gradient) in zip(moves, numbers, strict=True):
             p, state = move.p, move.state
             state["step"] += 1
             correction = 1 / (1 - momentum ** state["step"])
             if math.isinf(length):  # the square alone may be too large
                 mean_of = move.m.lerp(move.grad, self.weight).double()
-                square = _square(mean_of * move.inverse.double())
-                length = float(self._whole([square], [move])[0])
+                exact = square(mean_of * move.inverse.double())
+                length = float(self._whole([exact], [move])[0])
             length = length**0.5 * correction
             factor = lr * correction
             if adapts:
@@ -344,7 +360,7 @@ class Plan:
             if move.measured is not None:
                 move.h.lerp_(move.measured, self.decay)
                 # What fades without gradients ends as denormal numbers, slow, and stays so.
-                torch.hardshrink(move.m, _nothing(move.h), out=move.m)
+                torch.hardshrink(move.m, nothing(move.h), out=move.m)
         if self.moves:
             grads = [move.grad for move in self.moves]
             torch._foreach_lerp_([move.m for move in self.moves], grads, self.weight)
@@ -356,33 +372,3 @@ class Plan:
                 move.weights.addcmul_(move.m, move.inverse, value=move.factor)
             else:
                 move.weights.add_(move.step)
-
-
-def _nothing(like: Tensor) -> float:
-    """The smallest number whose inverse is one."""
-    info = torch.finfo(like.dtype)
-    return info.tiny / info.eps
-
-
-def _square(x: Tensor) -> Tensor:
-    """Squared norm; a norm would form squares too small to be normal numbers, which are slow."""
-    flat = x.reshape(-1)
-    return torch.dot(flat, flat)
-
-
-def _squares(m: Tensor, grad: Tensor, inverse: Tensor, weight: float) -> Tensor:
-    """Squares of the step, of the momentum to come and of the gradient: ``[3]``.
-
-    On a CPU in blocks, which cost less than a whole: large fresh memory is slow, the system clears
-    it page by page.
-    """
-    rows: list[tuple[Tensor, ...]] = [(m, grad, inverse)]
-    if m.device.type == "cpu" and all(x.is_contiguous() for x in rows[0]):
-        rows = [*zip(*(x.view(-1).split(BLOCK) for x in rows[0]), strict=True)]
-    scratch = torch.empty_like(rows[0][0])
-    squares = []
-    for m, grad, inverse in rows:
-        mean = torch.lerp(m, grad, weight, out=scratch[: len(m)] if len(rows) > 1 else scratch)
-        known = _square(mean), _square(grad)
-        squares += [_square(mean.mul_(inverse)), *known]
-    return torch.stack(squares).view(-1, 3).sum(0)

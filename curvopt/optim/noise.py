@@ -148,8 +148,15 @@ class Batch:
         products: Tensor | None = None,
     ) -> Batch:
         """The batch of whole tensors."""
-        spreads = torch.stack([part.sum() for part in scatter.values()])
+        spreads = torch.stack([part.sum() for part in scatter.values()] or [loss.new_zeros(())])
         return cls(samples, loss, sums, scatter, products, squared_norms(sums.values()), spreads)
+
+    def scaled(self, factor: float) -> Batch:
+        """The batch of a loss times a factor."""
+        sums = {p: part * factor for p, part in self.sums.items()}
+        scatter = {p: part * factor**2 for p, part in self.scatter.items()}
+        products = None if self.products is None else self.products * factor**4
+        return Batch.made(self.samples, self.loss * factor, sums, scatter, products)
 
     def joined(self, other: Batch) -> Batch:
         """Both batches as one; a parameter that one of them left out has zeros there."""
@@ -204,4 +211,4 @@ def guessed(grad: Tensor, b: Tensor, t: int, mu: float) -> Tensor:
 def squared_norms(tensors: Iterable[Tensor]) -> Tensor:
     """The squared norm of each tensor, in float32 at least."""
     wide = [t.to(torch.promote_types(t.dtype, torch.float32)) for t in tensors]
-    return torch.stack(torch._foreach_norm(wide)).square()
+    return torch.stack(torch._foreach_norm(wide)).square() if wide else torch.zeros(0)

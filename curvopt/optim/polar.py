@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
 import torch
 from torch import Generator, Tensor
 
 from curvopt.engine.computation import Computation
 from curvopt.optim import stats
-from curvopt.optim.base import EngineOptimizer
 from curvopt.optim.diag_ggn import Move, Plan
 from curvopt.optim.joined import Backward
 from curvopt.optim.polar_factor import by_factors
 from curvopt.optim.polar_step import MatrixPlan, Rows, check_dense, gathered, rows_of
+from curvopt.optim.schedule import Scheduled
 from curvopt.optim.state import sides
 from curvopt.quantities import DiagGGNMC, Quantity
 from curvopt.quantities.base import Context
@@ -25,7 +25,7 @@ from curvopt.structures import Conv, Lookup, Outer, Own, Permuted, Pulled, Shift
 LOOK = 64
 
 
-class PolarOptimizer(EngineOptimizer):
+class PolarOptimizer(Scheduled):
     r"""Steps along the polar factor of the batch's gradient, at a rate that finds itself.
 
     With the gradient G of a matrix ``[O, I]``, :math:`s_1` its largest singular value:
@@ -120,8 +120,6 @@ class PolarOptimizer(EngineOptimizer):
     """
 
     saved: ClassVar[tuple[str, ...]] = ("steps", "waiting", "failed")
-    #: A parameter takes part whose kind, or curvature, is not known.
-    waiting = True
     failed = 0
 
     def __init__(
@@ -173,10 +171,6 @@ class PolarOptimizer(EngineOptimizer):
         if not -1 <= group["margin"] <= 1:
             raise ValueError(f"Invalid margin: {group['margin']}")
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:  # noqa: D102 (as in torch)
-        super().add_param_group(param_group)
-        self.waiting = True
-
     # -- what a step measures ---------------------------------------------------------------------
 
     joins_passes = True
@@ -187,18 +181,19 @@ class PolarOptimizer(EngineOptimizer):
 
     def _measured(self) -> tuple[list[Tensor], list[Tensor]]:
         """Tables whose curvature is due, and matrices that are stepped by their rows."""
-        steps, every = self.steps, self.curvature_every
-        due = steps % every == 0 or (steps < every and steps & (steps - 1) == 0)
         tables, factored = [], []
         for p, state in self.state.items():
             if not p.requires_grad:
                 continue
             if "curvature" in state:
-                if due:
+                if self._due(p):
                     tables.append(p)
             elif "rows" in state and by_factors(state["rows"], *sides(p)):
                 factored.append(p)
         return tables, factored
+
+    def _measures(self) -> bool:
+        return self._looks() or any(self._measured())
 
     def _wanted(self) -> list[Quantity]:
         if self._looks():
@@ -260,7 +255,8 @@ class PolarOptimizer(EngineOptimizer):
     # -- the step ---------------------------------------------------------------------------------
 
     def _update(self) -> None:
-        waiting, plans = False, cast(list[Plan | MatrixPlan], [])
+        unmeasured = self._still_unmeasured()
+        plans: list[Plan | MatrixPlan] = []
         for group in self.param_groups:
             tables, matrices = [], []
             for p in group["params"]:
@@ -268,18 +264,19 @@ class PolarOptimizer(EngineOptimizer):
                     continue
                 check_dense(p, self._name)
                 state = dict(self.state[p]) if p in self.state else self._begun(p)
+                (unmeasured.discard if state else unmeasured.add)(p)
                 if not state:
-                    waiting = True  # it takes part for the first time: looked at next
-                elif "curvature" in state:
-                    tables.append(
-                        Move(p, p.grad, state, self._found(p, Diagonal.field), self._name)
-                    )
+                    continue  # it takes part for the first time: looked at next
+                if "curvature" in state:
+                    due = p not in self.state or self._due(p)
+                    found = self._found(p, Diagonal.field) if due else []
+                    tables.append(Move(p, p.grad, state, found, self._name))
                 else:
                     passes = [values.get("rows", {}).get(p) for values in self.collected]
                     matrices.append((p, state, Rows.joined(passes)))
             plans.append(Plan(tables, {**group, "max_step": 1.0}))
             plans.append(MatrixPlan(matrices, group, self._name))
-        self.waiting = waiting
+        self._wait_for(unmeasured)
         for plan in plans:  # nothing has changed so far
             plan.carry_out(self.state)
             self.failed += plan.failed if isinstance(plan, MatrixPlan) else 0

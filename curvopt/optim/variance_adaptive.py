@@ -58,9 +58,10 @@ class VarianceAdaptiveSGD(EngineOptimizer):
         maximize: ascend instead of descend.
         foreach: update the parameters of a group together (the default on accelerators), or one by
             one (the default on the CPU; it takes less memory).
-        variance_every: steps from one measurement of S to the next; :math:`\beta = \mu` to this
-            power. S changes slowly: on MNIST every 10 steps, the default, trains like every step,
-            and a step that measures costs up to three times one that does not. N is read when S is.
+        variance_every: a tensor's own gradients from one measurement of its S to the next;
+            :math:`\beta = \mu` to this power. S changes slowly: on MNIST every 10 steps, the
+            default, trains like every step, and a step that measures costs up to three times one
+            that does not. N is read when S is.
         noise_decay: of the averages behind `noise`, per measurement. Default 0.9.
         noise_tests: measure what the inner-product and orthogonality tests in `noise` need: one
             more product per layer, with S; not over several processes.
@@ -145,20 +146,41 @@ class VarianceAdaptiveSGD(EngineOptimizer):
 
     # -- backward passes --------------------------------------------------------------------------
 
+    def _due(self, p: Tensor) -> bool:
+        """Whether the variance of a parameter is to be measured with its next gradient."""
+        if p not in self.state:
+            return False
+        state = self.state[p]
+        return not state["measured"] or state["step"] % self.variance_every == 0
+
+    def _measures(self) -> bool:
+        params = [p for p in self._parameters() if p.requires_grad]
+        return not self.state or any(map(self._due, params))
+
     def _wanted(self) -> list[Quantity]:
-        due = self.steps % self.variance_every == 0
-        return [Moments(self.noise_tests)] if due else []
+        return [Moments(self.noise_tests)] if self._measures() else []
 
     def _accumulate(
         self, computation: Computation, quantities: list[Quantity], backward: Backward
     ) -> None:
         (moments,) = quantities
         values: dict[str, Any] = {}
+        owner = self._wrappers.shards.owner
+        computation.prepare()
+        reached = {owner(p) for p in computation.reached_parameters}
+        if not self._ranks.many and not any(p not in self.state or self._due(p) for p in reached):
+            backward()
+            self._add(Batch.made(computation.samples, computation.loss.detach(), {}, {}))
+            return
         with computation.watching([moments], values):
             backward(computation.derives)
-        owner = self._wrappers.shards.owner
-        batch = Batch.of(computation, moments, values[moments.field], owner)
+        self._add(Batch.of(computation, moments, values[moments.field], owner))
+
+    def _add(self, batch: Batch) -> None:
         self.collected[:] = [self.collected[0].joined(batch) if self.collected else batch]
+
+    def _rescale(self, inverse: float) -> None:
+        self.collected[:] = [batch and batch.scaled(inverse) for batch in self.collected]
 
     def _join(self) -> None:
         (batch,) = self.collected
@@ -171,6 +193,8 @@ class VarianceAdaptiveSGD(EngineOptimizer):
 
     def _update(self) -> None:
         batch = self.collected[0] or None  # {} after a plain backward pass
+        if batch and not batch.sums:  # nothing was due
+            batch = None
         n = batch.samples if batch else self.samples
         scale = n * n / (n - 1) * self._shrunk(batch) if batch and n > 1 else 1.0
         plans = [
@@ -207,7 +231,8 @@ class VarianceAdaptiveSGD(EngineOptimizer):
         b, s = (local(held(state, key, p, self._name)) for key in ("momentum_buffer", "variance"))
         grad = local(p.grad).to(b.dtype)
         decay, scatter = mu, None
-        if n > 1 and batch and p in batch.scatter:
+        due = p not in self.state or self._due(p)
+        if n > 1 and batch and p in batch.scatter and due:
             decay, scatter = mu**self.variance_every, local(batch.scatter[p])
         elif n == 1 and state["step"]:
             scatter = guessed(grad, b, state["step"], mu)

@@ -29,7 +29,7 @@ class Losses:
 
     record: Record
     trace: Trace
-    log_softmaxes: dict[int, tuple[Tensor, Tensor, int]]
+    log_softmaxes: dict[int, Any]
 
     def _loss(self, func: Function, args: Positional, kwargs: Keywords) -> Any:
         arguments = self._arguments(func, args, kwargs)

@@ -51,12 +51,16 @@ class Tape(Modules, Losses, TorchFunctionMode):
     Attributes:
         record: what was recorded.
         trace: the ops of the pass.
+        owner: the optimizer whose step is recorded, if it is one.
+        went: whether torch's own backward pass has begun (1) or is over (2), in `on_backward`.
         on_module: called with each module before its forward pass, and the tape.
         serial: columns go back one by one: code on the way is not to be vectorized.
         views: how many rows of the data are views of one sample, and in which order.
     """
 
     views: tuple[int, ViewOrder] = 1, "sample"
+    owner: Any = None
+    went = 0
 
     def __init__(
         self,
@@ -266,9 +270,10 @@ class Tape(Modules, Losses, TorchFunctionMode):
 
     # -- entering ---------------------------------------------------------------------------------
 
-    def __enter__(self) -> Tape:
-        if not self.depth:
-            self.entered = ExitStack()
+    @contextmanager
+    def watching_modules(self) -> Iterator[None]:
+        """Meet the modules that run."""
+        with ExitStack() as stack:
             handles = [register_module_forward_pre_hook(self._note_module)]
             if MODULE_RULES:
                 handles += [
@@ -276,7 +281,13 @@ class Tape(Modules, Losses, TorchFunctionMode):
                     register_module_forward_hook(self._after_module, always_call=True),
                 ]
             for handle in handles:
-                self.entered.callback(handle.remove)
+                stack.callback(handle.remove)
+            yield
+
+    def __enter__(self) -> Tape:
+        if not self.depth:
+            self.entered = ExitStack()
+            self.entered.enter_context(self.watching_modules())
             self.entered.enter_context(_uncompiled())
             self.trace.__enter__()
         self.depth += 1

@@ -1,5 +1,6 @@
 """What every optimizer must do as torch.optim's do; a new one joins by a row in `ROWS`."""
 
+import contextlib
 import copy
 import gc
 import inspect
@@ -507,8 +508,8 @@ def test_failed_step_changes_nothing(row, failure, steps):
     train(model, opt, 2)
 
 
-@every
-def test_step_without_a_record(row):
+@pytest.mark.parametrize("row", PRIVATE)
+def test_private_step_without_a_record(row):
     model, opt = build(row)
     train(model, opt, 1)
     opt.zero_grad()
@@ -525,7 +526,9 @@ def test_unrecorded_gradient(row, steps):
     model, opt = build(row)
     train(model, opt, steps)
     opt.zero_grad()
-    loss_of(model, 1).backward()
+    if opt.goes_backward and not opt._wanted():
+        pytest.skip("the step needs the gradient alone")
+    torch.autograd.backward(loss_of(model, 1))
     before = snapshot(model, opt)
     with pytest.raises(curvopt.CurvoptError, match=r"0\.weight .*zero_grad"):
         opt.step(lambda: loss_of(model, 0).backward())
@@ -534,36 +537,88 @@ def test_unrecorded_gradient(row, steps):
     train(model, opt, 1)
 
 
-@every
-def test_grad_scaler(row):
+UNSCALED = tuple(row for row in ROWS if not row.startswith(("dp_", "polar")))
+
+
+@pytest.mark.parametrize("row", [row for row in ROWS if row not in UNSCALED])
+def test_grad_scaler_is_refused(row):
     model, opt = build(row)
     scaler = torch.amp.GradScaler("cpu")
-    train(model, opt, 1)
-
-    def state():
-        if row.startswith("dp"):  # whose gradient is not there yet
-            return [p.detach().clone() for p in model.parameters()]
-        return snapshot(model, opt)
-
     for unscale in (False, True):
         opt.zero_grad()
         with opt.record():
             scaler.scale(loss_of(model, 0)).backward()
-        if unscale and row.startswith("dp"):  # there is no gradient yet
-            with pytest.raises(curvopt.CurvoptError, match="bfloat16"):
-                scaler.unscale_(opt)
-            scaler = torch.amp.GradScaler("cpu")
-            continue
-        if unscale:
-            scaler.unscale_(opt)
-        before = state()
+        before = [p.detach().clone() for p in model.parameters()]
         with pytest.raises(curvopt.CurvoptError, match="bfloat16"):
-            scaler.step(opt)
-        assert same(state(), before)
+            (scaler.unscale_ if unscale and row in PRIVATE else scaler.step)(opt)
+        assert same([p.detach() for p in model.parameters()], before)
         scaler = torch.amp.GradScaler("cpu")
     disabled = torch.amp.GradScaler("cpu", enabled=False)
     opt.zero_grad()
     disabled.step(opt, lambda: loss_of(model, 0))
+
+
+@pytest.mark.parametrize("ordinary", [True, False])
+@pytest.mark.parametrize("row", UNSCALED)
+def test_grad_scaler(row, ordinary):
+    """A power of two: the steps are those without it, bit for bit."""
+
+    def run(scale):
+        model, opt = build(row)
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, enabled=scale)
+        for k in range(4):
+            x, y = batch(k)
+            torch.manual_seed(k)
+            opt.zero_grad()
+            with contextlib.nullcontext() if ordinary else opt.record():
+                scaler.scale(F.cross_entropy(model(x), y)).backward()
+            scaler.step(opt)
+            scaler.update()
+        return snapshot(model, opt)
+
+    assert same(run(True)[0], run(False)[0])
+
+
+@pytest.mark.parametrize("row", UNSCALED)
+def test_grad_scaler_that_finds_an_overflow(row):
+    """The step is left out, and what was measured goes with it."""
+    model, opt = build(row)
+    scaler = torch.amp.GradScaler("cpu")
+    train(model, opt, 1)
+    before = snapshot(model, opt)
+    opt.zero_grad()
+    (scaler.scale(loss_of(model, 0)) * float("inf")).backward()
+    scaler.step(opt)
+    scaler.update()
+    after = snapshot(model, opt)
+    assert same(before[0], after[0])
+    assert same(before[2], after[2])
+    assert scaler.get_scale() == 2.0**15
+    opt.zero_grad()
+    scaler.scale(loss_of(model, 0)).backward()
+    scaler.step(opt)
+    assert not same(before[0], snapshot(model, opt)[0])
+
+
+@pytest.mark.parametrize("row", UNSCALED)
+def test_grad_scaler_after_unscale(row):
+    """The scale is not known any more; a step that needs the gradient alone needs no scale."""
+    model, opt = build(row)
+    for _ in range(3):
+        scaler = torch.amp.GradScaler("cpu")
+        opt.zero_grad()
+        scaler.scale(loss_of(model, 0)).backward()
+        scaler.unscale_(opt)
+        before = snapshot(model, opt)
+        if opt._measures():
+            with pytest.raises(curvopt.CurvoptError, match="bfloat16.*unscale_"):
+                scaler.step(opt)
+            assert same(snapshot(model, opt), before)
+            opt.zero_grad()
+            opt.step(lambda: loss_of(model, 0))
+        else:
+            scaler.step(opt)
+            assert not same(snapshot(model, opt)[0], before[0])
 
 
 @every
