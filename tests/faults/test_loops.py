@@ -736,6 +736,24 @@ def test_batch_norm_in_training_mode_is_refused_by_name():
     bounded(family[0], match="(?i:batch.?norm)")
 
 
+def test_results_written_into_an_empty_tensor():
+    def build(reduce):
+        net = network()
+
+        def loss(x, y):
+            out = torch.empty(0)
+            reduce(x, out)
+            return ce(net(x - out), y)
+
+        return made(net.parameters(), loss, batch())
+
+    family = Family()
+    family.add("features", build, lambda x, out: torch.mean(x, 1, keepdim=True, out=out))
+    family.add("samples", build, lambda x, out: torch.mean(x, 0, out=out))
+    exact(family[0])
+    refused(family[1])
+
+
 # N = 0.
 
 
