@@ -189,11 +189,19 @@ class _Search(Choices):
         for reading in self.good.values():
             alone -= reading.outcome.replay.owned
         for entry in self.readings.made() if self.good else ():
+            if self._is_filled(entry):  # a place for results, no data
+                continue
             if entry not in self.good and alone & descendants(self.trace, entry.ref.storage):
                 for reading in self.readings.of(entry):
                     if reading.outcome.replay.owned & alone and self._agrees(reading):
                         self.good[entry] = reading
                         break
+
+    def _is_filled(self, entry: Entry) -> bool:
+        """Whether all elements of what the pass made are one number."""
+        assert entry.mark is not None
+        op = self.trace.ops[entry.mark[0] - 1]
+        return not op.facts.random and op.name not in ("arange", "linspace", "logspace", "range")
 
     def _agrees(self, reading: Reading) -> bool:
         """Whether rows belong to the same positions as by every other reading."""

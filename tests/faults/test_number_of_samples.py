@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader
 import curvopt
 from tests.faults.situations import (
     CLIP,
+    COUPLED,
     C,
     D,
     Family,
@@ -444,6 +445,15 @@ class GraphNet(nn.Module):
         h = self.a(x)
         h = h.index_add(0, target, h[source]).tanh()
         return self.b(torch.zeros(graphs, 5).index_add(0, owner, h))
+
+
+def test_an_edge_between_graphs():
+    """In a later pass: the nodes belong to no graph alone, and are no data that graphs share."""
+    m = graphs([3, 2, 3])
+    x, edges, owner, y = m.passes[0].data
+    judge(m, (x, edges, owner, y), computed(m, (x, edges, owner, y)))
+    across = torch.cat([edges, torch.tensor([[2], [3]])], 1)
+    must_refuse(m, (x, across, owner, y), f"{COUPLED}|ambiguous")
 
 
 def graphs(sizes):
