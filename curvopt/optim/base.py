@@ -11,6 +11,7 @@ import torch
 from torch import Generator, Tensor
 from torch.overrides import TorchFunctionMode
 
+from curvopt.engine.backward import unspent
 from curvopt.engine.checks import check_loss
 from curvopt.engine.computation import Computation
 from curvopt.errors import SCALED, CurvoptError
@@ -270,7 +271,7 @@ class EngineOptimizer(Contract):
 
             def on(retain: bool = False) -> None:
                 self._keep_gradients()
-                with tape.trace.paused(), torch.enable_grad():
+                with unspent(), tape.trace.paused(), torch.enable_grad():
                     loss.backward(retain_graph=retain_graph or retain)
 
             with torch.no_grad():
@@ -352,6 +353,7 @@ class PlainBackward(TorchFunctionMode):
         check_loss(loss)
         self.optimizer._begin_pass()
         self.optimizer._keep_gradients()
-        loss.backward(*args, **kwargs)
+        with unspent():
+            loss.backward(*args, **kwargs)
         self.optimizer.collected.append({})
         self.optimizer._note(recorded=True)
