@@ -11,7 +11,7 @@ from curvopt.axes.linking import Conflict, Linked, Shared, link
 from curvopt.axes.owners import Replay
 from curvopt.axes.readings import Claims, Entry, Outcome, Reading, Readings, Seeds
 from curvopt.axes.refusals import conflict, contradicts, rows_shared
-from curvopt.axes.wiring import only_indexes
+from curvopt.axes.wiring import only_indexes, parametric
 from curvopt.errors import CurvoptError
 
 # Combinations of readings that are tried, the outermost dims first.
@@ -101,10 +101,10 @@ class Choices:
             if overlaid is not None:
                 return overlaid
         if isinstance(first, CurvoptError):
-            tables = self._without_tables()
-            if tables is None:
+            rest = self._without_tables() or self._without_constants()
+            if rest is None:
                 raise first
-            return tables
+            return rest
         raise contradicts(wanted or 0, first.n, first.chosen)
 
     def _without_tables(self) -> Linked | None:
@@ -123,6 +123,42 @@ class Choices:
         for entry in tables:
             del self.good[entry]
         return linked
+
+    def _without_constants(self) -> Linked | None:
+        """Leave out what broadcasts against the batch: weights of classes, scales of targets.
+
+        The model's data, and all that fits it, own every row, and nothing that is left out has a
+        dim as long as there are samples.
+        """
+        kept = {e: r for e, r in self.good.items() if self._seeds_parameters(r)}
+        left, linked = [], None
+        try:
+            linked = self._try(list(kept.values())) if kept else None
+        except CurvoptError:
+            return None
+        for entry in self.good:
+            if entry not in kept:
+                try:
+                    linked = self._try([*kept.values(), self.good[entry]])
+                    kept[entry] = self.good[entry]
+                except CurvoptError:
+                    left.append(entry)
+        if linked is None or self.batch_size not in (None, linked.n):
+            return None
+        owned = all(
+            not bool(((self.good[entry].outcome.links >= 0) & (linked.ids < 0)).any())
+            for entry in left
+        )
+        if not owned or any(linked.n in entry.ref.shape for entry in left):
+            return None
+        for entry in left:
+            del self.good[entry]
+        return linked
+
+    def _seeds_parameters(self, reading: Reading) -> bool:
+        """Whether samples of a reading meet parameters: its tensor goes through the model."""
+        pure = parametric(self.trace, self.readings.silent, self._outside())
+        return bool(reading.outcome.replay.owned & pure & self.readings.only)
 
     def _try(self, readings: list[Reading]) -> Linked:
         try:

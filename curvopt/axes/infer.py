@@ -131,9 +131,14 @@ class _Search(Choices):
                 votes.append(True)
             elif good is not None:
                 votes.append(False)
-        if self.batch_size == 1 and self._could_be_one():
+        if self.batch_size == 1 and (self._could_be_one() or self._lies_behind_one()):
             return True
         return self.batch_size in (None, 1) and bool(votes) and all(votes)
+
+    def _lies_behind_one(self) -> bool:
+        """Whether all that goes through the model has a size of 1 in front, as a sequence alone."""
+        used = list(filter(self._seeds_parameters, self.good.values()))
+        return bool(used) and all(set(r.entry.ref.shape[: r.dim]) == {1} for r in used)
 
     def _could_be_one(self) -> bool:
         """Whether data without a batch axis, said to be one sample, does not look like a batch.
@@ -145,15 +150,8 @@ class _Search(Choices):
         rest = [entry for entry in self.reaching if entry not in self.good]
         batches = [e for e in rest if sizes & set(e.ref.shape) and 1 not in e.ref.shape]
         lonely = [e for e in rest if sizes & set(e.ref.shape) and 1 in e.ref.shape]
-        return bool(rest) and not batches and (bool(lonely) or not self._seeded_by_use())
-
-    def _seeded_by_use(self) -> bool:
-        """Whether samples of a good reading meet parameters: its tensor goes through the model."""
-        pure = parametric(self.trace, self.readings.silent, self._outside())
-        return any(
-            reading.outcome.replay.owned & pure & self.readings.only
-            for reading in self.good.values()
-        )
+        used = any(map(self._seeds_parameters, self.good.values()))
+        return bool(rest) and not batches and (bool(lonely) or not used)
 
     def _one(self) -> Samples:
         seeds: Seeds = {}
@@ -191,11 +189,19 @@ class _Search(Choices):
         for reading in self.good.values():
             alone -= reading.outcome.replay.owned
         for entry in self.readings.made() if self.good else ():
+            if self._is_filled(entry):  # a place for results, no data
+                continue
             if entry not in self.good and alone & descendants(self.trace, entry.ref.storage):
                 for reading in self.readings.of(entry):
                     if reading.outcome.replay.owned & alone and self._agrees(reading):
                         self.good[entry] = reading
                         break
+
+    def _is_filled(self, entry: Entry) -> bool:
+        """Whether all elements of what the pass made are one number."""
+        assert entry.mark is not None
+        op = self.trace.ops[entry.mark[0] - 1]
+        return not op.facts.random and op.name not in ("arange", "linspace", "logspace", "range")
 
     def _agrees(self, reading: Reading) -> bool:
         """Whether rows belong to the same positions as by every other reading."""
@@ -219,6 +225,13 @@ class _Search(Choices):
                 f"one sample, since the loss sees one position of {reading}",
                 f"{reading.size} samples along it, of which the others are not used",
                 (1,),
+            )
+        behind = [r for r in linked.chosen if r.dim and set(r.entry.ref.shape[: r.dim]) == {1}]
+        if n > 1 and behind:
+            raise ambiguous(
+                f"one sample, as {list(behind[0].entry.ref.shape)} has a size of 1 in front",
+                f"{n} samples, along {behind[0]}",
+                (1, n),
             )
         inner = [r for r in linked.chosen if r.dim and r.entry.ref.shape[0] > 1]
         if n > 1 and inner and len(inner) == len(linked.chosen):

@@ -122,6 +122,7 @@ class Facts:
     Attributes:
         name: without overload and without the underscore of the in-place form.
         writes: names of the arguments that it writes to.
+        outs: those of them that are written to alone, as `out` is.
         arguments: by name, the position (None: by keyword only) and the default.
         pointwise: torch says that it works element by element.
         indexed, reads: whether index values, a number seen by Python are to be kept.
@@ -144,6 +145,11 @@ class Facts:
             if argument.alias_info is not None
             and argument.alias_info.is_write
             and name not in _SHAPE_ONLY
+        )
+        self.outs = tuple(
+            argument.name
+            for argument in schema.arguments
+            if argument.name in self.writes and argument.kwarg_only
         )
         self.arguments = {
             argument.name: (

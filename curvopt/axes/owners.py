@@ -189,7 +189,8 @@ class Replay:
         results: list[State | None] | None = None
         ragged = any(state is not None and state.ragged is not None for state in states)
         if rule is not None and (not ragged or rule in KNOWS_RAGGED):
-            call = Call(self, step.index, step.op, step.inputs, states)
+            count = len(step.inputs) - len(step.outs)  # `out` stands behind all else
+            call = Call(self, step.index, step.op, step.inputs[:count], states[:count])
             try:
                 found = rule(call)
                 results = (
@@ -241,6 +242,8 @@ class Replay:
             return
         for n, (ref, state) in enumerate(zip(inputs, states, strict=True)):
             if state is not None or ref.storage not in self.loose:
+                continue
+            if any(ref is out for out in step.outs):
                 continue
             if name in ("index", "_unsafe_index"):
                 meets = ref is not inputs[0] and ref.dtype == torch.bool

@@ -98,8 +98,15 @@ class Outcome:
         return owners.expand(row.shape).reshape(-1)
 
     def _joined(self, k: int) -> tuple[Tensor, Tensor]:
-        """The owners of a product, and of what multiplies the rows in it."""
-        inputs = self.replay.trace.ops[k].inputs
+        """The owners of a product, and of what multiplies or chooses the rows in it."""
+        op = self.replay.trace.ops[k]
+        inputs = op.inputs
+        if op.name == "index":
+            state = self.replay.marked[k + 1, op.outputs[0]]
+            drawn = any(self.replay.marked[k, ref] for ref in inputs if not ref.requires_grad)
+            picked = constant(op.outputs[0].ndim) if state is None else state.owners
+            picked = picked.expand(op.outputs[0].shape).reshape(-1)
+            return picked, torch.full_like(picked, 0 if drawn else NONE)
         shape = torch.broadcast_shapes(*(ref.shape for ref in inputs))
         owners: list[Tensor | None] = [None, None]
         for ref in inputs:
@@ -261,6 +268,7 @@ class Readings:
         for coefficient in self.frontier.coefficients:
             k = coefficient.op
             marks |= {(k, ref) for ref in self.trace.ops[k].inputs}
+            marks |= {(k + 1, ref) for ref in self.trace.ops[k].outputs}
         self._marks = frozenset(marks)
         self._cache: dict[tuple[Entry, int | None], Outcome] = {}
 

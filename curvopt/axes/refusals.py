@@ -76,8 +76,8 @@ def conflict(error: Conflict) -> CurvoptError:
         f"samples are not separate, or ambiguous: by {other}, a row of the loss belongs to other "
         f"samples than by {error.reading}. Shapes {_shape(other.entry.ref.shape)} and "
         f"{_shape(error.reading.entry.ref.shape)} may have been broadcast against each other "
-        "(predictions [N, 1] and targets [N] give [N, N]); or pass batch_size= to say how many "
-        "samples there are"
+        "(predictions [N, 1] and targets [N] give [N, N]). If one of them is a constant of the "
+        "model, register it as a buffer; or pass batch_size= to say how many samples there are"
     )
 
 

@@ -104,7 +104,8 @@ class Frontier:
         rows: its rows.
         coefficients: tensors that weigh them.
         means: (op, ref) of the inputs of the means that were passed.
-        products: numbers of the products that weigh rows: their factors are joined and checked.
+        products: numbers of the products that weigh rows, and of the indices that choose among
+            them: their factors are joined and checked.
     """
 
     loss: Ref
@@ -213,7 +214,7 @@ def frontier(trace: Trace, loss: Ref, silent: Set[int] = frozenset()) -> Frontie
             add("loss", k, 0, inputs[0], _rows_shape(op, inputs), path)
         elif op is not None and k is not None and _is_linear(op, inputs) and not enters(op, inputs):
             data = tuple(i for i, ref in enumerate(inputs) if not ref.requires_grad)
-            if op.name in _PRODUCTS and data:
+            if data and (op.name in _PRODUCTS or _picks(inputs, data)):
                 found.coefficients += [Coefficient(k, i, inputs[i], inside) for i in data]
                 found.products.append(k)
             for i, ref in enumerate(inputs):
@@ -233,6 +234,12 @@ def frontier(trace: Trace, loss: Ref, silent: Set[int] = frozenset()) -> Frontie
     found.products = list(dict.fromkeys(found.products))
     found.means = list(dict.fromkeys(found.means))
     return found
+
+
+def _picks(inputs: list[Ref], data: tuple[int, ...]) -> bool:
+    """Whether elements are chosen by positions; what a mask leaves is counted elsewhere."""
+    kinds = {inputs[i].dtype for i in data}
+    return kinds <= {torch.int64, torch.int32, torch.int16, torch.int8}
 
 
 def _rows_shape(op: Op, inputs: list[Ref]) -> tuple[int, ...]:

@@ -136,6 +136,12 @@ class Trace(TorchDispatchMode):
             ),
         )
 
+    def _grow(self, ref: Ref) -> None:
+        number, offset, shape, stride, dtype, _ = ref
+        if shape and 0 not in shape:
+            last = offset + sum((n - 1) * s for n, s in zip(shape, stride, strict=True))
+            self.nbytes[number] = max(self.nbytes[number], (last + 1) * dtype.itemsize)
+
     def _convert(self, value: Any) -> Any:
         if isinstance(value, Tensor):
             return self.ref(value)
@@ -236,6 +242,9 @@ class Trace(TorchDispatchMode):
             refs: list[Ref] = []
             self._made(made, refs)
             outputs = tuple(refs)
+        if facts.writes:  # an empty tensor given as `out` has grown
+            for ref in outputs:
+                self._grow(ref)
         if facts.noted:
             if facts.foreach:  # whose writes torch does not count under a mode
                 torch.autograd.graph.increment_version(list(_tensors(args[0])))

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from curvopt.axes.ops import Op, Ref
+from curvopt.axes.ops import Op, Ref, refs_in
 from curvopt.axes.trace import Trace
 
 # How many ops a name looks back.
@@ -20,12 +20,14 @@ _DEPTH = 4
 class Step:
     """An op, with what every replay asks of it at hand."""
 
-    __slots__ = ("facts", "index", "inputs", "name", "op", "outputs", "written")
+    __slots__ = ("facts", "index", "inputs", "name", "op", "outputs", "outs", "written")
 
     def __init__(self, index: int, op: Op):
         self.index, self.op, self.facts = index, op, op.facts
         self.name = self.facts.name
         self.inputs, self.outputs, self.written = op.inputs, op.outputs, op.written
+        # Tensors that are given as `out`: written to, not read.
+        self.outs = [ref for name in self.facts.outs for ref in refs_in(op.argument(name))]
 
     @property
     def touched(self) -> list[Ref]:

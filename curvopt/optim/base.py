@@ -12,6 +12,7 @@ import torch
 from torch import Generator, Tensor
 from torch.overrides import TorchFunctionMode
 
+from curvopt.engine.backward import unspent
 from curvopt.engine.checks import check_loss
 from curvopt.engine.computation import Computation
 from curvopt.errors import SCALED, CurvoptError
@@ -256,7 +257,7 @@ class EngineOptimizer(Gradients):
         def on(retain: bool = False) -> None:
             self._keep_gradients()
             tape.went = 1
-            with tape.trace.paused(), torch.enable_grad(), self._seeing():
+            with unspent(), tape.trace.paused(), torch.enable_grad(), self._seeing():
                 loss.backward(retain_graph=retain_graph or retain)
             tape.went = 2
 
@@ -345,6 +346,7 @@ class PlainBackward(TorchFunctionMode):
         """Go backward as usual."""
         check_loss(loss)
         self.optimizer._keep_gradients()
-        loss.backward(*args, **kwargs)
+        with unspent():
+            loss.backward(*args, **kwargs)
         self.optimizer.collected.append({})
         self.optimizer._note(recorded=True)

@@ -233,6 +233,31 @@ ROWS = {
     ),
     "glu": row(lambda x: F.glu(x, 1), X),
     "all_of_it": row(lambda x: [x.max(), x.sum(), x.median(), x.std()], X, apart=False),
+    "solve-general": row(lambda x, y: torch.linalg.solve(spd(x), y), X, Y),
+    "solve-shared": row(lambda x, y: torch.linalg.solve(spd(y), x), X, M),
+    "solve-vectors": row(lambda x, y: torch.linalg.solve(spd(x), y), X, M),
+    "solve-of-one": row(lambda x, y: torch.linalg.solve(spd(x), y), M, real(4), apart=False),
+    "solve-parts": row(lambda x, y: aten._linalg_solve_ex(spd(x), y), X, M),
+    "solve-right": row(lambda x, y: torch.linalg.solve(spd(x), y, left=False), X, Y),
+    "cross": row(lambda x, y: torch.linalg.cross(x, y), real(4, 3), real(4, 3)),
+    "cross-shared": row(lambda x, y: torch.linalg.cross(x, y), real(4, 3), real(1, 3)),
+    "cross-dim-0": row(
+        lambda x, y: torch.linalg.cross(x, y, dim=0), real(3, 4), real(3, 4), apart=False
+    ),
+    "bucketize": row(lambda x, y: torch.bucketize(x, y.sort().values), X, real(4)),
+    "searchsorted": row(lambda x, y: torch.searchsorted(y.sort().values, x), X, real(4)),
+    "searchsorted-rows": row(lambda x, y: torch.searchsorted(x.sort().values, y), X, Y),
+    "searchsorted-of-all": row(
+        lambda x, y: torch.searchsorted(x.sort().values, y), real(4), X, apart=False
+    ),
+    "isin": row(lambda x, y: torch.isin(x, y), indices(4, 4), indices(2)),
+    "isin-of-all": row(lambda x, y: torch.isin(y, x), indices(4), indices(4), apart=False),
+    "diag-embed": row(lambda x: (x.diag_embed(), x.diag_embed(1, 0, 2)), M),
+    "diag-embed-of-a-vector": row(lambda x: x.diag_embed(), real(4)),
+    "slice-scatter": row(lambda x, y: x.slice_scatter(y, 1, 0, 2), M, real(4, 2)),
+    "slice-scatter-samples": row(lambda x, y: x.slice_scatter(y, 0, 1, 3), M, real(2, 4)),
+    "select-scatter": row(lambda x, y: x.select_scatter(y, 1, 2), M, real(4)),
+    "diagonal-scatter": row(lambda x, y: x.diagonal_scatter(y), M, real(4)),
     "renorm": row(lambda x: x.renorm(2, 0, 0.1), X),
     "multinomial": row(lambda x: torch.multinomial(x.exp(), 2), M),
     "matrices": row(
@@ -339,6 +364,9 @@ ROWS = {
             F.interpolate(x, size=(6, 6, 6), mode="trilinear"),
         ],
         VOLUME,
+    ),
+    "affine_grid": row(
+        lambda t: F.affine_grid(t, [4, 2, 3, 3], align_corners=False), real(4, 2, 3)
     ),
     "grid_sample": row(
         lambda x, g: F.grid_sample(x, g.tanh(), align_corners=False), IMAGES, real(4, 3, 3, 2)

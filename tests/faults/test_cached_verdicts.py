@@ -681,6 +681,14 @@ def kept_in_a_buffer(keep):
     return made(net.parameters(), loss, batch(outlier=50), coupled=True)
 
 
+def by_labels(pick):
+    net = network()
+    return made(
+        net.parameters(), lambda x, y: -pick((20 * net(x)).log_softmax(1), y).mean(),
+        batch(outlier=50), coupled=True,
+    )  # fmt: skip
+
+
 def of_the_losses(reduce):
     net, data = network(), batch(outlier=50)
     return made(
@@ -720,6 +728,8 @@ UNSEEN.add("scripted-frozen-extractor-without-buffers", frozen_extractor, script
 UNSEEN.add("frozen-extractor-by-flags", frozen_by_flags)
 UNSEEN.add("batch-in-a-buffer", kept_in_a_buffer, lambda x: x)
 UNSEEN.add("batch-in-a-buffer-as-a-view", kept_in_a_buffer, lambda x: x.detach()[:, :])
+UNSEEN.add("labels-as-columns", by_labels, lambda lp, y: lp[:, y])
+UNSEEN.add("labels-in-another-order", by_labels, lambda lp, y: lp[torch.arange(len(y)), y.flip(0)])
 UNSEEN.add("loss-by-itself", of_the_losses, lambda rows: rows.mean() / rows.mean().detach())
 UNSEEN.add("hardest-losses", of_the_losses, lambda rows: rows.topk(4).values.mean())
 UNSEEN.add("largest-loss", of_the_losses, lambda rows: rows.max())

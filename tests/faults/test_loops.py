@@ -737,6 +737,47 @@ def test_batch_norm_in_training_mode_is_refused_by_name():
     bounded(family[0], match="(?i:batch.?norm)")
 
 
+@pytest.mark.parametrize("steps", [0, 1, 2])
+@every_optimizer
+def test_a_backward_pass_that_is_not_seen(optimizer, steps):
+    """By torch.autograd.backward, in a step that measures and in one that does not."""
+    net, (x, y) = network(), batch()
+    settings = {"diag_ggn": "curvature_every", "variance_adaptive": "variance_every"}
+    opt = ALL[optimizer](net.parameters(), **{settings[optimizer]: 2})
+    for _ in range(steps):
+        opt.step(lambda: ce(net(x), y))
+    before = values(net)
+
+    def closure():
+        loss = ce(net(x), y)
+        torch.autograd.backward(loss)
+        return loss
+
+    with pytest.raises(curvopt.CurvoptError, match=r"call loss\.backward\(\) instead"):
+        opt.step(closure)
+    assert same(before, net)
+    opt.step(lambda: ce(net(x), y))
+    assert not same(before, net)
+
+
+def test_results_written_into_an_empty_tensor():
+    def build(reduce):
+        net = network()
+
+        def loss(x, y):
+            out = torch.empty(0)
+            reduce(x, out)
+            return ce(net(x - out), y)
+
+        return made(net.parameters(), loss, batch())
+
+    family = Family()
+    family.add("features", build, lambda x, out: torch.mean(x, 1, keepdim=True, out=out))
+    family.add("samples", build, lambda x, out: torch.mean(x, 0, out=out))
+    exact(family[0])
+    refused(family[1])
+
+
 # N = 0.
 
 

@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader
 import curvopt
 from tests.faults.situations import (
     CLIP,
+    COUPLED,
     C,
     D,
     Family,
@@ -20,10 +21,13 @@ from tests.faults.situations import (
     bounded,
     ce,
     clipped,
+    computed,
     every_optimizer,
     exact,
     exact_or_refused,
+    judge,
     made,
+    must_refuse,
     network,
     one,
     private,
@@ -264,6 +268,62 @@ def prior_of_the_classes():
     return made(net.parameters(), loss, batch(classes=4))
 
 
+@CONSTANTS
+def weights_of_the_positives():
+    net, weight = network(), torch.rand(C)
+
+    def loss(x, y):
+        return F.binary_cross_entropy_with_logits(net(x), F.one_hot(y, C) * 1.0, pos_weight=weight)
+
+    return made(net.parameters(), loss, batch())
+
+
+@CONSTANTS
+def more_weights_than_samples():
+    net, weight = network((D, H, 10)), torch.rand(10)
+
+    def loss(x, y):
+        return ce(net(x), F.one_hot(y, 10) * 0.5 + 0.05, weight=weight)
+
+    return made(net.parameters(), loss, batch(classes=10))
+
+
+@CONSTANTS
+def targets_scaled_by_constants():
+    net, mean, scale = network(), torch.randn(C), torch.rand(C) + 0.5
+    return made(
+        net.parameters(), lambda x, t: F.mse_loss(net(x), (t - mean) / scale),
+        (torch.randn(N, D), torch.randn(N, C)),
+    )  # fmt: skip
+
+
+@CONSTANTS
+def quantiles():
+    net, levels = network(), torch.tensor([0.1, 0.5, 0.9])
+
+    def loss(x, t):
+        apart = t - net(x)
+        return torch.maximum(levels * apart, (levels - 1) * apart).mean()
+
+    return made(net.parameters(), loss, (torch.randn(N, D), torch.randn(N, 1)))
+
+
+def test_a_sequence_alone_with_flat_labels_asks():
+    """Six tokens that do not meet are one sample or six; of two sequences they are two."""
+    net = network((4, H, C))
+
+    def loss(x, y):
+        return ce(net(x).flatten(0, 1), y)
+
+    for n in (2, 1):
+        x, y = torch.randn(n, 6, 4), torch.randint(C, (n * 6,))
+        m = made(net.parameters(), loss, (x, y), n=n, options={"batch_size": n} if n == 1 else {})
+        m.own = lambda k, x, y: loss(x[k : k + 1], y[6 * k : 6 * k + 6])
+        judge(m, (x, y), computed(m, (x, y)))
+    m.options = {}
+    must_refuse(m, (x, y), "batch_size=1 or batch_size=6")
+
+
 @CONSTANTS.each
 def test_constants_come_first(situation):
     exact(situation)
@@ -385,6 +445,15 @@ class GraphNet(nn.Module):
         h = self.a(x)
         h = h.index_add(0, target, h[source]).tanh()
         return self.b(torch.zeros(graphs, 5).index_add(0, owner, h))
+
+
+def test_an_edge_between_graphs():
+    """In a later pass: the nodes belong to no graph alone, and are no data that graphs share."""
+    m = graphs([3, 2, 3])
+    x, edges, owner, y = m.passes[0].data
+    judge(m, (x, edges, owner, y), computed(m, (x, edges, owner, y)))
+    across = torch.cat([edges, torch.tensor([[2], [3]])], 1)
+    must_refuse(m, (x, across, owner, y), f"{COUPLED}|ambiguous")
 
 
 def graphs(sizes):

@@ -64,7 +64,7 @@ class Call:
     """One op in a replay, as its rule sees it.
 
     Attributes:
-        op: the op; `inputs` and `outputs` are its refs, `x` is the first input.
+        op: the op; `inputs` (without `out`) and `outputs` are its refs, `x` is the first input.
     """
 
     __slots__ = ("_states", "index", "inputs", "op", "outputs", "replay")
@@ -118,7 +118,7 @@ class Call:
         if ref.storage not in self.replay.trace.fixed:
             self.replay.value_dependent = True
         kept = self.replay.trace.values.get(self.index, ())
-        for each, value in zip(self.inputs, kept, strict=True):
+        for each, value in zip(self.op.inputs, kept, strict=True):
             if each is ref and value is not None:
                 return value.cpu()
         raise Refuse

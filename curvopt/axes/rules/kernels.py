@@ -55,7 +55,8 @@ rule(
 
 
 @rule(
-    "grid_sampler_2d grid_sampler_3d fractional_max_pool2d col2im max_unpool2d max_unpool3d "
+    "affine_grid_generator grid_sampler_2d grid_sampler_3d fractional_max_pool2d col2im "
+    "max_unpool2d max_unpool3d "
     "max_pool2d_with_indices_backward max_pool3d_with_indices_backward avg_pool2d_backward "
     "avg_pool3d_backward _adaptive_avg_pool2d_backward _adaptive_avg_pool3d_backward "
     "adaptive_max_pool2d_backward upsample_nearest1d_backward upsample_nearest2d_backward "

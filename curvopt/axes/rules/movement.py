@@ -123,6 +123,20 @@ def move_floats(call: Call) -> Result:
     return State(squash(moved.round().to(DTYPE) - 1))
 
 
+@rule("diag_embed")
+def on_a_diagonal(call: Call) -> Result:
+    """The zeros around it belong to nobody."""
+    owners = call.full(call.x, call.x.ndim).expand(call.x.shape) - NONE
+    return State(squash(call.op.func(owners, *call.op.args[1:], **dict(call.op.kwargs)) + NONE))
+
+
+@rule("slice_scatter select_scatter diagonal_scatter")
+def put_in(call: Call) -> Result:
+    """A copy of the first, with the second in the place of a view."""
+    whole, part = (call.full(ref, ref.ndim).expand(ref.shape) for ref in call.inputs)
+    return State(squash(call.op.func(whole, part, *call.op.args[2:], **dict(call.op.kwargs))))
+
+
 @rule("view _unsafe_view _reshape_alias _reshape_copy view_copy", ragged=True)
 def view(call: Call) -> Result:
     """The same elements in another shape."""

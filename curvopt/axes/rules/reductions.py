@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from curvopt.axes.lattice import State, drop, join_all, merge
+from curvopt.axes.lattice import State, align, drop, join_all, merge, merge_all
+from curvopt.axes.ops import Ref
 from curvopt.axes.rules.base import (
     Call,
     Refuse,
@@ -87,6 +88,51 @@ def solve(call: Call) -> Result:
     return ones(
         join_all(*(o.reshape((1,) * (ndim - o.ndim) + o.shape) for o in both if o is not None))
     )
+
+
+@rule("_linalg_solve_ex")
+def solve_general(call: Call) -> Result:
+    """One matrix by the other, or by a vector, batch by batch."""
+    a, b = call.op.args[:2]
+    vector = b.ndim == 1 or b.shape == a.shape[:-1]
+    matrix, right = call.merged(a, [-1, -2]), call.merged(b, [-1] if vector else [-1, -2])
+    if right is not None and vector:
+        right = right.unsqueeze(-1)
+    both = [None if o is None else align(o, call.outputs[0].ndim + vector) for o in (matrix, right)]
+    owners = join_all(*both)
+    result = ones(owners if owners is None or not vector else owners.squeeze(-1))
+    rest = [None if matrix is None else matrix.flatten(a.ndim - 2) for _ in call.outputs[1:]]
+    return [
+        result,
+        *(
+            None if o is None else State(o.reshape([*o.shape[:-1], *[1] * (r.ndim - a.ndim + 2)]))
+            for o, r in zip(rest, call.outputs[1:], strict=True)
+        ),
+    ]
+
+
+@rule("linalg_cross")
+def cross(call: Call) -> Result:
+    """Every element depends on both vectors."""
+    ndim, dim = call.outputs[0].ndim, call.arg("dim")
+    dim = dim - ndim if dim >= 0 else dim
+    both = [call.merged(ref, [dim]) for ref in call.inputs[:2]]
+    return ones(join_all(*(None if o is None else align(o, ndim) for o in both)))
+
+
+@rule("bucketize searchsorted isin")
+def looked_up(call: Call) -> Result:
+    """Element by element, in a row of others: that of its place, or one for all."""
+    first, second = call.op.args[:2]
+    row, x = (first, second) if call.op.name == "searchsorted" else (second, first)
+    others = call.op.kwargs and any(isinstance(value, Ref) for _, value in call.op.kwargs)
+    if not (isinstance(row, Ref) and isinstance(x, Ref)) or others:
+        raise Refuse
+    rows = call.owners(row)
+    if rows is not None:
+        whole = call.op.name == "isin" or row.ndim == 1
+        rows = merge_all(rows, x.ndim) if whole else merge(rows, [row.ndim - 1])
+    return ones(join_all(call.owners(x), rows))
 
 
 @rule("_fft_r2c _fft_c2r _fft_c2c")
