@@ -11,7 +11,7 @@ from curvopt.axes.linking import Conflict, Linked, Shared, link
 from curvopt.axes.owners import Replay
 from curvopt.axes.readings import Claims, Entry, Outcome, Reading, Readings, Seeds
 from curvopt.axes.refusals import conflict, contradicts, rows_shared
-from curvopt.axes.wiring import only_indexes, parametric
+from curvopt.axes.wiring import only_indexes, parametric, pickings
 from curvopt.errors import CurvoptError
 
 # Combinations of readings that are tried, the outermost dims first.
@@ -197,6 +197,14 @@ class Choices:
         if entry.floating or entry.storage is None:
             return False
         return only_indexes(self.trace, entry.storage)
+
+    def _is_edge(self, entry: Entry) -> bool:
+        """Whether it is an index that picks from no table of parameters."""
+        if not self._is_index(entry):
+            return False
+        assert entry.storage is not None
+        picked = pickings(self.trace, entry.storage)
+        return not any(ref.storage in self.readings.silent for ref in picked)
 
     def _outside(self) -> set[int]:
         """Storages of data."""

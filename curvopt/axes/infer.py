@@ -271,8 +271,9 @@ class _Search(Choices):
                 continue
             hit = [d for d in dims_of(entry) if entry.ref.shape[d] in sizes]
             outcome = self.readings.read(entry, hit[0]).outcome if n > 1 and hit else None
-            # Numbers are data; indices may be positions or edges, unless a mask is made of them.
-            if outcome is not None and (outcome.replay.ragged or not self._is_index(entry)):
+            # Numbers are data, and so is what looks up parameters (items of a batch); indices of
+            # other data are edges, unless a mask is made of them.
+            if outcome is not None and (outcome.replay.ragged or not self._is_edge(entry)):
                 raise not_separate(outcome.blame(), n, entry.ref)
             if not self._is_index(entry):  # positions and edges are the model's own business
                 shared.append(entry.ref)

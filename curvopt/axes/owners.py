@@ -40,12 +40,19 @@ Mark = tuple[int, Ref]
 
 
 class Meeting(NamedTuple):
-    """An op in which samples met: its number, its name, and the shapes of its inputs and output."""
+    """An op in which samples met.
+
+    Attributes:
+        op, name: its number and name.
+        shapes, output: of its inputs, and of the output.
+        known: it has a rule; else it is only not known to keep samples apart.
+    """
 
     op: int
     name: str
     shapes: tuple[tuple[int, ...], ...]
     output: tuple[int, ...]
+    known: bool = True
 
     def __str__(self) -> str:
         inputs = ", ".join(str(list(shape)) for shape in self.shapes)
@@ -231,7 +238,8 @@ class Replay:
 
     @staticmethod
     def _meeting(step: Step, ref: Ref) -> Meeting:
-        return Meeting(step.index, step.name, tuple(r.shape for r in step.inputs), ref.shape)
+        known = rule_for(step.facts, RULES) is not None
+        return Meeting(step.index, step.name, tuple(r.shape for r in step.inputs), ref.shape, known)
 
     def _outsider(
         self, step: Step, output: Ref, owners: Tensor, states: list[State | None]

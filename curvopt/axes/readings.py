@@ -17,7 +17,7 @@ from curvopt.axes.lattice import DTYPE, MIXED, NONE, State, align, along, consta
 from curvopt.axes.ops import Op, Ref
 from curvopt.axes.owners import Mark, Meeting, Replay
 from curvopt.axes.rows import Frontier, Row
-from curvopt.axes.rules import RULES
+from curvopt.axes.rules import RULES, rule_for
 from curvopt.axes.rules import made as makes_from_nothing
 from curvopt.axes.trace import Trace
 from curvopt.axes.wiring import ancestors, sources, steps_of
@@ -198,7 +198,8 @@ class Outcome:
             return None
         op = trace.ops[min(found)]
         shape = op.outputs[0].shape if op.outputs else ()
-        return Meeting(min(found), op.name, tuple(r.shape for r in op.inputs), shape)
+        known = rule_for(op.facts, RULES) is not None
+        return Meeting(min(found), op.name, tuple(r.shape for r in op.inputs), shape, known)
 
 
 def row_inputs(trace: Trace, row: Row) -> list[Ref]:

@@ -28,6 +28,8 @@ def not_separate(
     where = (
         "" if meeting is None else f": they meet in {meeting}, which gives {_shape(meeting.output)}"
     )
+    if meeting is not None and not meeting.known:
+        where += ", an op of which it is not known that it keeps them apart"
     data = "" if ref is None else f" of the data of shape {_shape(ref.shape)}"
     count = "" if n is None else f" ({n} of them)"
     if meeting is not None and not meeting.output:

@@ -175,6 +175,18 @@ def only_indexes(trace: Trace, storage: int) -> bool:
     return True
 
 
+def pickings(trace: Trace, storage: int) -> Iterator[Ref]:
+    """What an index from outside, or a view or copy of it, picks elements of."""
+    known = {storage}
+    for op in trace.ops:
+        inputs = op.inputs
+        at = [i for i, ref in enumerate(inputs) if ref.storage in known]
+        if at and (op.name in _MOVES or op.name == "_to_copy"):
+            known.update(ref.storage for ref in op.outputs)
+        elif at and op.name in _INDEXES:
+            yield inputs[0]
+
+
 def index_vectors(trace: Trace, ref: Ref) -> Iterator[Tensor]:
     """Integer vectors that say to which sample each row of a tensor may belong.
 

@@ -235,6 +235,19 @@ ROWS = {
     "all_of_it": row(lambda x: [x.max(), x.sum(), x.median(), x.std()], X, apart=False),
     "solve-general": row(lambda x, y: torch.linalg.solve(spd(x), y), X, Y),
     "solve-shared": row(lambda x, y: torch.linalg.solve(spd(y), x), X, M),
+    "solve-columns": row(lambda x, y: torch.linalg.solve(spd(y), x.mT), M, real(4, 4)),
+    "solve-triangular-columns": row(
+        lambda x, y: torch.linalg.solve_triangular(spd(y).tril(), x.mT, upper=False), M, real(4, 4)
+    ),
+    "solve-triangular-right": row(
+        lambda x, y: torch.linalg.solve_triangular(spd(y).tril(), x, upper=False, left=False),
+        M,
+        real(4, 4),
+    ),
+    "cholesky-solve-columns": row(
+        lambda x, y: torch.cholesky_solve(x.mT, torch.linalg.cholesky(spd(y))), M, real(4, 4)
+    ),
+    "solve-rows-mix": row(lambda x, y: torch.linalg.solve(spd(y), x), M, real(4, 4), apart=False),
     "solve-vectors": row(lambda x, y: torch.linalg.solve(spd(x), y), X, M),
     "solve-of-one": row(lambda x, y: torch.linalg.solve(spd(x), y), M, real(4), apart=False),
     "solve-parts": row(lambda x, y: aten._linalg_solve_ex(spd(x), y), X, M),

@@ -681,6 +681,16 @@ def kept_in_a_buffer(keep):
     return made(net.parameters(), loss, batch(outlier=50), coupled=True)
 
 
+def two_towers():
+    users, items = nn.Parameter(torch.randn(5, 4)), nn.Parameter(torch.randn(6, 4))
+
+    def loss(i, j):
+        return ce(users[i] @ items[j].T, torch.arange(len(i)))
+
+    data = torch.randint(5, (N,)), torch.randint(6, (N,))
+    return made([users, items], loss, data, coupled=True)
+
+
 def by_labels(pick):
     net = network()
     return made(
@@ -728,6 +738,7 @@ UNSEEN.add("scripted-frozen-extractor-without-buffers", frozen_extractor, script
 UNSEEN.add("frozen-extractor-by-flags", frozen_by_flags)
 UNSEEN.add("batch-in-a-buffer", kept_in_a_buffer, lambda x: x)
 UNSEEN.add("batch-in-a-buffer-as-a-view", kept_in_a_buffer, lambda x: x.detach()[:, :])
+UNSEEN.add("items-of-the-batch-as-negatives", two_towers)
 UNSEEN.add("labels-as-columns", by_labels, lambda lp, y: lp[:, y])
 UNSEEN.add("labels-in-another-order", by_labels, lambda lp, y: lp[torch.arange(len(y)), y.flip(0)])
 UNSEEN.add("loss-by-itself", of_the_losses, lambda rows: rows.mean() / rows.mean().detach())

@@ -82,9 +82,13 @@ def matrices(call: Call) -> Result:
 
 @rule("linalg_solve_triangular cholesky_solve")
 def solve(call: Call) -> Result:
-    """One matrix by the other, batch by batch."""
+    """One matrix by the other, batch by batch; the right side's columns are apart."""
     ndim = call.outputs[0].ndim
-    both = [call.merged(ref, [-1, -2]) for ref in call.inputs[:2]]
+    matrix, right = call.inputs[:2]
+    if call.op.name == "cholesky_solve":
+        matrix, right = right, matrix
+    left = call.arg("left") if call.has("left") else True
+    both = [call.merged(matrix, [-1, -2]), call.merged(right, [-2 if left else -1])]
     return ones(
         join_all(*(o.reshape((1,) * (ndim - o.ndim) + o.shape) for o in both if o is not None))
     )
@@ -95,7 +99,8 @@ def solve_general(call: Call) -> Result:
     """One matrix by the other, or by a vector, batch by batch."""
     a, b = call.op.args[:2]
     vector = b.ndim == 1 or b.shape == a.shape[:-1]
-    matrix, right = call.merged(a, [-1, -2]), call.merged(b, [-1] if vector else [-1, -2])
+    matrix = call.merged(a, [-1, -2])
+    right = call.merged(b, [-1 if vector or not call.arg("left") else -2])
     if right is not None and vector:
         right = right.unsqueeze(-1)
     both = [None if o is None else align(o, call.outputs[0].ndim + vector) for o in (matrix, right)]
