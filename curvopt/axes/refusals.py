@@ -24,7 +24,14 @@ def _shape(shape: Sequence[int]) -> str:
 def not_separate(
     meeting: Meeting | None, n: int | None, ref: Ref | None = None, single: bool = False
 ) -> CurvoptError:
-    """Rows of the loss depend on several samples."""
+    """Rows of the loss depend on several samples.
+
+    Args:
+        meeting: the op in which they met.
+        n: their number, if it is known.
+        ref: the data, which may be a constant where the number is known.
+        single: it may be one sample.
+    """
     where = (
         "" if meeting is None else f": they meet in {meeting}, which gives {_shape(meeting.output)}"
     )
@@ -40,6 +47,8 @@ def not_separate(
             f"for the gradient alone, or change the loss. {_WAY_OUT}"
         )
     alone = ". If it is one sample, pass batch_size=1" if single else ""
+    if n is not None and ref is not None:
+        alone = ". If that data is a constant (positions, say), register it as a buffer"
     return Coupled(
         f"samples are not separate{where}. Rows of the loss depend on several samples{data}{count}"
         f". {_WAY_OUT}{alone}"
