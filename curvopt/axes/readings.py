@@ -16,7 +16,7 @@ from torch import Tensor
 from curvopt.axes.lattice import DTYPE, MIXED, NONE, State, align, along, constant, join_all
 from curvopt.axes.ops import Op, Ref
 from curvopt.axes.owners import Mark, Meeting, Replay
-from curvopt.axes.rows import Frontier, Row
+from curvopt.axes.rows import PICKS, Frontier, Row
 from curvopt.axes.rules import RULES, rule_for
 from curvopt.axes.rules import made as makes_from_nothing
 from curvopt.axes.trace import Trace
@@ -101,7 +101,7 @@ class Outcome:
         """The owners of a product, and of what multiplies or chooses the rows in it."""
         op = self.replay.trace.ops[k]
         inputs = op.inputs
-        if op.name == "index":
+        if op.name in PICKS:
             state = self.replay.marked[k + 1, op.outputs[0]]
             drawn = any(self.replay.marked[k, ref] for ref in inputs if not ref.requires_grad)
             picked = constant(op.outputs[0].ndim) if state is None else state.owners

@@ -25,6 +25,8 @@ _LINEAR = frozenset(
     "zero".split()
 )
 _PRODUCTS = frozenset("mul div dot where".split())
+#: Choose elements by an index or a mask.
+PICKS = frozenset(["index", "masked_select"])
 _REDUCTIONS = frozenset("sum mean nansum dot".split())
 # Paths that are told per row; more than one means that the row counts several times.
 _PATHS = 4
@@ -214,7 +216,7 @@ def frontier(trace: Trace, loss: Ref, silent: Set[int] = frozenset()) -> Frontie
             add("loss", k, 0, inputs[0], _rows_shape(op, inputs), path)
         elif op is not None and k is not None and _is_linear(op, inputs) and not enters(op, inputs):
             data = tuple(i for i, ref in enumerate(inputs) if not ref.requires_grad)
-            if data and (op.name in _PRODUCTS or _picks(inputs, data)):
+            if data and op.name in (*_PRODUCTS, *PICKS):
                 found.coefficients += [Coefficient(k, i, inputs[i], inside) for i in data]
                 found.products.append(k)
             for i, ref in enumerate(inputs):
@@ -234,12 +236,6 @@ def frontier(trace: Trace, loss: Ref, silent: Set[int] = frozenset()) -> Frontie
     found.products = list(dict.fromkeys(found.products))
     found.means = list(dict.fromkeys(found.means))
     return found
-
-
-def _picks(inputs: list[Ref], data: tuple[int, ...]) -> bool:
-    """Whether elements are chosen by positions; what a mask leaves is counted elsewhere."""
-    kinds = {inputs[i].dtype for i in data}
-    return kinds <= {torch.int64, torch.int32, torch.int16, torch.int8}
 
 
 def _rows_shape(op: Op, inputs: list[Ref]) -> tuple[int, ...]:

@@ -741,6 +741,13 @@ UNSEEN.add("batch-in-a-buffer-as-a-view", kept_in_a_buffer, lambda x: x.detach()
 UNSEEN.add("items-of-the-batch-as-negatives", two_towers)
 UNSEEN.add("labels-as-columns", by_labels, lambda lp, y: lp[:, y])
 UNSEEN.add("labels-in-another-order", by_labels, lambda lp, y: lp[torch.arange(len(y)), y.flip(0)])
+UNSEEN.add(
+    "rows-above-the-mean", by_labels, lambda lp, y: lp[lp[:, 0] > lp[:, 0].mean()].sum()[None]
+)
+UNSEEN.add(
+    "elements-by-the-labels-of-others", by_labels,
+    lambda lp, y: lp.masked_select(F.one_hot(y.flip(0), C) == 1),
+)  # fmt: skip
 UNSEEN.add("loss-by-itself", of_the_losses, lambda rows: rows.mean() / rows.mean().detach())
 UNSEEN.add("hardest-losses", of_the_losses, lambda rows: rows.topk(4).values.mean())
 UNSEEN.add("largest-loss", of_the_losses, lambda rows: rows.max())
