@@ -195,7 +195,9 @@ def _is_shared(reading: Reading, largest: int, opaque: Callable[[Reading], Outco
     """Whether several samples draw from one row of it, as from a table."""
     entry, used = reading.entry, reading.values.numel()
     outside = entry.storage is not None or entry.mark is not None
-    if outside and entry.floating and used < reading.size and 1 < largest in entry.ref.shape:
+    # Numbers are data; of indices, which may be positions, that one serves all is a sign of it.
+    data = outside and (entry.floating or used == 1)
+    if data and used < reading.size and 1 < largest in entry.ref.shape:
         raise Shared(reading)
     if used == 1:
         return True

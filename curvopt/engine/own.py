@@ -141,7 +141,7 @@ class OwnLoss:
 
     def _counts(self) -> list[float]:
         rows = 1 if self.layout is None else math.prod(self.term.token_shape)
-        counts: list[float] = [self.plan.n, rows, self.plan.partial]
+        counts: list[float] = [self.plan.n, rows, self.plan.partial, *self.plan.sizes]
         if isinstance(self.term, CrossEntropy) and not self.term.probabilities_given:
             kept = self.term.target != self.term.ignore_index
             counts.append(int(kept.sum()))

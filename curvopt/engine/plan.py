@@ -25,6 +25,7 @@ class Plan:
         term_layouts: where the terms' outputs hold the samples; None where they mix.
         endings: how the terms go into the loss.
         partial: how many terms hold a part of the samples alone.
+        sizes: numbers of elements of the samples' data, which a loss may be divided by.
         overlapping: whether other terms hold samples of theirs as well.
         weighed: the weight of the rows that depends on several samples, if there is one.
         loose: a part of the loss that no recorded loss accounts for, and that holds no samples.
@@ -46,6 +47,7 @@ class Plan:
     term_layouts: list[Layout | None]
     endings: list[Ending]
     partial: int = 0
+    sizes: frozenset[int] = frozenset()
     overlapping: bool = False
     weighed: str = ""
     loose: bool = False

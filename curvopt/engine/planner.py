@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from itertools import accumulate
+from operator import mul
+
 from torch import Tensor
 
 from curvopt.axes.endings import Ending, Way, ending, marks_of, ways
@@ -108,6 +111,9 @@ class Planner(Resolver):
         why = (impure(self.trace, way, self._owners, self.silent) for way in free)
         plan.impure = next(filter(None, why), "") if loose else ""
         present = [self.n if layout is None else layout.present for layout in layouts]
+        outside = self.trace.outside
+        shapes = [outside[storage].shape for storage in self.samples.seeds if storage in outside]
+        plan.sizes = frozenset(n for shape in shapes for n in accumulate(shape, mul))
         plan.partial = sum(number < self.n for number in present)
         plan.overlapping = plan.partial > 0 and sum(present) > self.n
         return plan

@@ -740,6 +740,7 @@ UNSEEN.add("batch-in-a-buffer", kept_in_a_buffer, lambda x: x)
 UNSEEN.add("batch-in-a-buffer-as-a-view", kept_in_a_buffer, lambda x: x.detach()[:, :])
 UNSEEN.add("items-of-the-batch-as-negatives", two_towers)
 UNSEEN.add("labels-as-columns", by_labels, lambda lp, y: lp[:, y])
+UNSEEN.add("label-of-one-for-all", by_labels, lambda lp, y: lp.index_select(1, y[:1]))
 UNSEEN.add("labels-in-another-order", by_labels, lambda lp, y: lp[torch.arange(len(y)), y.flip(0)])
 UNSEEN.add(
     "rows-above-the-mean", by_labels, lambda lp, y: lp[lp[:, 0] > lp[:, 0].mean()].sum()[None]
