@@ -331,6 +331,44 @@ def test_other_batch_sizes_are_noticed():
     assert not by_rows(opt)
 
 
+def normed():
+    torch.manual_seed(0)
+    return nn.Sequential(
+        *(nn.Unflatten(1, (1, 40)), nn.Conv1d(1, 6, 3), nn.BatchNorm1d(6), nn.Flatten()),
+        *(nn.Linear(228, 50), nn.BatchNorm1d(50), nn.ReLU(), nn.Linear(50, 3)),
+    ).double()
+
+
+def test_coupled_samples_have_no_rows():
+    """Batch norm in training mode, and a loss that compares samples with each other."""
+    model, (x, y) = normed(), batch()
+    assert not by_rows(check(model, lambda: F.cross_entropy(model(x), y)))
+    model = wide()
+    assert not by_rows(check(model, lambda: (model(x) @ model(x).mT).logsumexp(1).mean()))
+
+
+def test_coupled_samples_train():
+    model, (x, y) = normed(), batch()
+    opt = curvopt.PolarOptimizer(model.parameters())
+    losses = [opt.step(lambda: F.cross_entropy(model(x), y)).item() for _ in range(10)]
+    assert losses[-1] < 0.5 * losses[0]
+    model.eval()  # the rows are found at the next look
+    for _ in range(module.LOOK):
+        opt.step(lambda: F.cross_entropy(model(x), y))
+    assert by_rows(opt) == {(50, 228)}
+    model.train()
+    opt.step(lambda: F.cross_entropy(model(x), y))
+
+
+def test_tables_among_coupled_samples_are_refused():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(9, 8), nn.Flatten(), nn.BatchNorm1d(16), nn.Linear(16, 3))
+    opt = curvopt.PolarOptimizer(model.parameters())
+    x, y = torch.randint(9, (6, 2)), torch.randint(3, (6,))
+    with pytest.raises(curvopt.CurvoptError, match="not separate|training mode"):
+        opt.step(lambda: F.cross_entropy(model(x), y))
+
+
 # Precision.
 
 
