@@ -146,6 +146,11 @@ class Tables(nn.Module):
         return (torch.tanh(h).mean(1)) @ self.tokens.weight.T
 
 
+def tables():
+    torch.manual_seed(0)
+    return Tables().double()
+
+
 def test_tables_take_the_steps_of_the_diagonal():
     model = tables()
     x, y = torch.randint(9, (6, 4)), torch.randint(9, (6,))
@@ -271,6 +276,28 @@ def test_gradients_that_were_changed(change, monkeypatch):
     assert len(count) == expected
     for p, q in zip(model.parameters(), before, strict=True):
         assert_close((q - p) / 1e-3, polar(p.grad), 1e-8)
+
+
+@pytest.mark.parametrize("build", [wide, tables])
+def test_scaled_loss(build):
+    """By GradScaler's power of two: rows and the curvature of tables, bit for bit."""
+    runs = []
+    for enabled in (True, False):
+        model = build().float()
+        opt = curvopt.PolarOptimizer(model.parameters())
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, enabled=enabled)
+        for t in range(4):
+            torch.manual_seed(t)
+            x, y = batch(t, dtype=torch.float32)
+            if build is tables:
+                x, y = torch.randint(9, (6, 4)), torch.randint(9, (6,))
+            opt.zero_grad()
+            with opt.record():
+                scaler.scale(F.cross_entropy(model(x), y)).backward()
+            scaler.step(opt)
+            scaler.update()
+        runs.append(values(model))
+    assert all(map(torch.equal, *runs))
 
 
 def test_penalty_in_the_loss(monkeypatch):
@@ -543,11 +570,6 @@ def test_structures_are_the_rows_of_batch_grad():
 
 
 # Two processes.
-
-
-def tables():
-    torch.manual_seed(0)
-    return Tables().double()
 
 
 def steps_of(model, wrapped, rows=lambda *batch: batch, **options):
