@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import sys
 from importlib import import_module
@@ -335,6 +336,23 @@ def test_report_reads_off_targets_times_and_costs(runs):
     assert "| SGD, momentum | 2 |" in tables["time-defaults"]
     assert "| SGD | miss |" in tables["time-defaults"]
     assert "| SGD, momentum | 0.1 (edge) |" in tables["lr"]
+
+
+def test_report_of_a_loss_goes_by_the_best():
+    def run(method, losses):
+        made = record(method, "defaults", 1, 0.1, [0.0] * len(losses))
+        made.update(problem="gru", test_loss=losses[-1], validation_loss=losses)
+        return made
+
+    runs = report.Runs([run("AdamW", [2.9, 2.8]), run("curvopt Polar", [2.1, 2.0])])
+    assert runs.targets["gru"] == pytest.approx(1.1 * 2.0)
+    polar, adam = (
+        runs.to_target("at", method=m, problem="gru") for m in ("curvopt Polar", "AdamW")
+    )
+    assert polar == [5]
+    assert math.isinf(adam[0])
+    tables = report.tables(runs)
+    assert "| curvopt Polar | 2 |" in tables["accuracy-defaults"]
 
 
 def test_report_writes_page_and_pictures(runs, tmp_path):

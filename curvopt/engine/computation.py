@@ -128,6 +128,10 @@ class Computation(Reduction):
                 result = quantity.finish(quantity.reduce_all(structures, context))
                 values[quantity.field] = Values(quantity.field, result, self.tape.names)
 
+    def leave(self) -> None:
+        """Leave the pass to torch: nothing is known of its samples, and nothing asked."""
+        self.plan = Plan(0, [], [], [])
+
     def outline(self) -> dict[Tensor, Structure]:
         """Structures of zero cotangents: their kinds and sizes, before any backward pass."""
         with self.tape.trace.paused(), torch.no_grad():

@@ -8,6 +8,7 @@ import torch
 from torch import Generator, Tensor
 
 from curvopt.engine.computation import Computation
+from curvopt.errors import Coupled, CurvoptError
 from curvopt.optim import stats
 from curvopt.optim.diag_ggn import Move, Plan
 from curvopt.optim.joined import Backward
@@ -23,6 +24,11 @@ from curvopt.structures import Conv, Lookup, Outer, Own, Permuted, Pulled, Shift
 
 # Steps from one look at the number of rows to the next, while no matrix is stepped by its factors.
 LOOK = 64
+# Ops whose parameters of two axes are matrices, without groups.
+PRODUCTS = frozenset(
+    "linear matmul mm addmm Tensor.__matmul__ Tensor.__rmatmul__ t T mT conv1d conv2d conv3d "
+    "conv_transpose1d conv_transpose2d conv_transpose3d".split()
+)
 
 
 class PolarOptimizer(Scheduled):
@@ -65,8 +71,9 @@ class PolarOptimizer(Scheduled):
 
     When not to use it: where a step is a matter of microseconds; with layers both wide and fed by
     more rows (tokens) than they are wide, above some 500, whose factor costs as much as Muon's; on
-    one that is sharded over processes, which is refused. Layers that couple the samples, such as
-    batch norm in training mode, are refused, as the engine cannot look for the rows there.
+    one that is sharded over processes, which is refused. Where samples are coupled, by batch norm
+    in training mode or a contrastive loss, there are no rows, and all factors are had from Gram
+    matrices; with tables such passes are refused.
 
     Args:
         params: parameters, (name, parameter) pairs, or parameter groups.
@@ -110,6 +117,13 @@ class PolarOptimizer(Scheduled):
         step are one batch, and so are the batches of several processes: the factor is that of the
         gradient that DistributedDataParallel has averaged. The rows of all processes are gathered,
         n (O + I) numbers, where they are still few.
+
+        Measured with the defaults, two seeds and one thread of a busy machine: a deep autoencoder
+        (784-1000-500-250-30 and back, tanh) is below a loss of 120 after 20 steps and 1.4 s (Muon
+        120 steps and 14 s; Adam, SGD and DiagGGN not after 120), a transformer on characters below
+        2.3 nats after 70 steps and 2.8 s (DiagGGN 120 and 4.4 s; the others not). A step costs 1.2
+        to 1.4 steps of SGD with momentum on convolutional and language models, 2.4 on the wide
+        layers of MLP and autoencoder, and more on tiny nets. Not measured on a GPU.
 
     References:
         Jordan et al. 2024, "Muon", https://kellerjordan.github.io/posts/muon; Bernstein and
@@ -218,6 +232,10 @@ class PolarOptimizer(Scheduled):
     ) -> None:
         values: dict[str, Any] = {}
         computation.covered_only = True  # a matrix is stepped by its gradient where rows are dear
+        if not self._finds_samples(computation):
+            backward()
+            self.collected.append({"tables": dict.fromkeys(computation.tape.params, False)})
+            return
         sketches = [quantity for quantity in quantities if isinstance(quantity, Diagonal)]
         if self._looks():
             kinds = {p: is_table(p, s) for p, s in computation.outline().items()}
@@ -234,6 +252,30 @@ class PolarOptimizer(Scheduled):
         else:
             backward()
         self.collected.append(values)
+
+    def _finds_samples(self, computation: Computation) -> bool:
+        """Whether there are rows: not where samples are coupled, which matrices can do without.
+
+        Raises:
+            CurvoptError: they are coupled, and a parameter may be a table.
+        """
+        try:
+            computation.prepare()
+        except CurvoptError as error:
+            coupled = isinstance(error, Coupled) or isinstance(error.__cause__, Coupled)
+            if not coupled or may_be_tables(computation.tape):
+                raise
+            computation.leave()
+            return False
+        return True
+
+    def _rescale(self, inverse: float) -> None:
+        """The curvature's; to rows, a common factor is nothing."""
+        field, passes = Diagonal.field, [*self.collected]
+        self.collected[:] = [
+            {**v, field: {p: d * inverse for p, d in v[field].items()}} if field in v else v
+            for v in passes
+        ]
 
     def _join(self) -> None:
         """Curvature is the mean of the processes', rows are put one after the other."""
@@ -305,6 +347,17 @@ class Diagonal(DiagGGNMC):
         self, structures: dict[Tensor, Structure], context: Context
     ) -> dict[Tensor, Any]:
         return {p: self.reduce(s, context) for p, s in structures.items() if is_table(p, s)}
+
+
+def may_be_tables(tape: Tape) -> bool:
+    """Whether parameters of two axes or more are used by ops that need not be a matrix's."""
+    for call in tape.record.calls:
+        roots = {root for value in call.inputs.values() for root in value.roots}
+        if any(tape.by_id[root].ndim > 1 for root in roots) and (
+            call.op not in PRODUCTS or call.arguments.get("groups", 1) != 1
+        ):
+            return True
+    return False
 
 
 def is_table(p: Tensor, structure: Structure) -> bool:

@@ -135,7 +135,7 @@ def _inverse_root(values: Tensor, eps: float) -> Tensor:
 def _gram(rows: Tensor) -> Tensor:
     """Products of all pairs of rows: of large blocks, each pair's once."""
     half = len(rows) // 2
-    if half < 32 or rows.device.type != "cpu":
+    if half < 64 or rows.device.type != "cpu":
         return rows @ rows.mT
     upper, lower = rows[:half], rows[half:]
     across = upper @ lower.mT

@@ -742,8 +742,8 @@ def test_batch_norm_in_training_mode_is_refused_by_name():
 def test_a_backward_pass_that_is_not_seen(optimizer, steps):
     """By torch.autograd.backward, in a step that measures and in one that does not."""
     net, (x, y) = network(), batch()
-    settings = {"diag_ggn": "curvature_every", "variance_adaptive": "variance_every"}
-    opt = ALL[optimizer](net.parameters(), **{settings[optimizer]: 2})
+    every = {"diag_ggn": "curvature_every", "polar": "curvature_every"}
+    opt = ALL[optimizer](net.parameters(), **{every.get(optimizer, "variance_every"): 2})
     for _ in range(steps):
         opt.step(lambda: ce(net(x), y))
     before = values(net)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import curvopt
-from curvopt.optim.diag_ggn import _adapt
+from curvopt.optim.rate import adapt
 from tests import oracles
 from tests.cases import Case
 from tests.oracles import assert_close
@@ -109,7 +109,7 @@ def log_rates(gradients, momentum=0.9, adaptation=0.3, lr=1.0):
         state["step"] += 1
         mean = momentum * mean + (1 - momentum) * g
         corrected = mean / (1 - momentum ** state["step"])
-        _adapt(state, group, float(g @ g), float(corrected @ corrected))
+        adapt(state, group, float(g @ g), float(corrected @ corrected))
         found.append(state.get("log_rate", 0.0))
     return torch.tensor(found, dtype=torch.float64)
 

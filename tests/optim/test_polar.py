@@ -146,6 +146,11 @@ class Tables(nn.Module):
         return (torch.tanh(h).mean(1)) @ self.tokens.weight.T
 
 
+def tables():
+    torch.manual_seed(0)
+    return Tables().double()
+
+
 def test_tables_take_the_steps_of_the_diagonal():
     model = tables()
     x, y = torch.randint(9, (6, 4)), torch.randint(9, (6,))
@@ -273,6 +278,28 @@ def test_gradients_that_were_changed(change, monkeypatch):
         assert_close((q - p) / 1e-3, polar(p.grad), 1e-8)
 
 
+@pytest.mark.parametrize("build", [wide, tables])
+def test_scaled_loss(build):
+    """By GradScaler's power of two: rows and the curvature of tables, bit for bit."""
+    runs = []
+    for enabled in (True, False):
+        model = build().float()
+        opt = curvopt.PolarOptimizer(model.parameters())
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, enabled=enabled)
+        for t in range(4):
+            torch.manual_seed(t)
+            x, y = batch(t, dtype=torch.float32)
+            if build is tables:
+                x, y = torch.randint(9, (6, 4)), torch.randint(9, (6,))
+            opt.zero_grad()
+            with opt.record():
+                scaler.scale(F.cross_entropy(model(x), y)).backward()
+            scaler.step(opt)
+            scaler.update()
+        runs.append(values(model))
+    assert all(map(torch.equal, *runs))
+
+
 def test_penalty_in_the_loss(monkeypatch):
     count, model = used(monkeypatch), wide()
     check(model, lambda: loss_of(model) + 0.1 * model[0].weight.square().sum())
@@ -329,6 +356,44 @@ def test_other_batch_sizes_are_noticed():
     assert by_rows(opt) == {(WIDE, 40), (70, WIDE)}
     opt.step(lambda: loss_of(model, n=200))
     assert not by_rows(opt)
+
+
+def normed():
+    torch.manual_seed(0)
+    return nn.Sequential(
+        *(nn.Unflatten(1, (1, 40)), nn.Conv1d(1, 6, 3), nn.BatchNorm1d(6), nn.Flatten()),
+        *(nn.Linear(228, 50), nn.BatchNorm1d(50), nn.ReLU(), nn.Linear(50, 3)),
+    ).double()
+
+
+def test_coupled_samples_have_no_rows():
+    """Batch norm in training mode, and a loss that compares samples with each other."""
+    model, (x, y) = normed(), batch()
+    assert not by_rows(check(model, lambda: F.cross_entropy(model(x), y)))
+    model = wide()
+    assert not by_rows(check(model, lambda: (model(x) @ model(x).mT).logsumexp(1).mean()))
+
+
+def test_coupled_samples_train():
+    model, (x, y) = normed(), batch()
+    opt = curvopt.PolarOptimizer(model.parameters())
+    losses = [opt.step(lambda: F.cross_entropy(model(x), y)).item() for _ in range(10)]
+    assert losses[-1] < 0.5 * losses[0]
+    model.eval()  # the rows are found at the next look
+    for _ in range(module.LOOK):
+        opt.step(lambda: F.cross_entropy(model(x), y))
+    assert by_rows(opt) == {(50, 228)}
+    model.train()
+    opt.step(lambda: F.cross_entropy(model(x), y))
+
+
+def test_tables_among_coupled_samples_are_refused():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(9, 8), nn.Flatten(), nn.BatchNorm1d(16), nn.Linear(16, 3))
+    opt = curvopt.PolarOptimizer(model.parameters())
+    x, y = torch.randint(9, (6, 2)), torch.randint(3, (6,))
+    with pytest.raises(curvopt.CurvoptError, match="not separate|training mode"):
+        opt.step(lambda: F.cross_entropy(model(x), y))
 
 
 # Precision.
@@ -505,11 +570,6 @@ def test_structures_are_the_rows_of_batch_grad():
 
 
 # Two processes.
-
-
-def tables():
-    torch.manual_seed(0)
-    return Tables().double()
 
 
 def steps_of(model, wrapped, rows=lambda *batch: batch, **options):
