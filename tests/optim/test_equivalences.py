@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import curvopt
-from curvopt.optim.diag_ggn import _adapt
+from curvopt.optim.rate import adapt as _adapt
 from tests import oracles
 from tests.cases import Case
 from tests.oracles import assert_close
