@@ -16,7 +16,7 @@ from curvopt.engine.backward import unspent
 from curvopt.engine.checks import check_loss
 from curvopt.engine.computation import Computation
 from curvopt.errors import SCALED, CurvoptError
-from curvopt.optim.gradients import Gradients, of_lightning
+from curvopt.optim.gradients import Gradients, check_closures, of_lightning
 from curvopt.optim.joined import Backward
 from curvopt.quantities import Quantity
 from curvopt.recording.parked import WaitingTape
@@ -33,9 +33,10 @@ class EngineOptimizer(Gradients):
     what the step's backward passes left in ``self.collected``. It checks first and changes
     state after: what fails must leave the parameters and their state as they were.
 
-    As in all of torch, gradients add up until they are zeroed: backward passes inside one closure,
-    or in several ``with opt.record():`` blocks before one ``step()``. All of them must be recorded.
-    A closure that does not call ``backward()`` gets its gradients zeroed.
+    As in all of torch, gradients add up until they are zeroed: backward passes of an ordinary
+    loop, inside one closure, or in several ``with opt.record():`` blocks before one ``step()``. All
+    of a step that measures must be recorded. A closure that does not call ``backward()`` gets its
+    gradients zeroed.
 
     ``state_dict`` holds the attributes named in `saved` and the generator's state under
     ``"engine"``, so that a resumed run goes on bit for bit. Without a generator of its own an
@@ -68,8 +69,6 @@ class EngineOptimizer(Gradients):
     finite_loss = True
     #: A failed step gives the gradients back that were there before it.
     restores_gradients = True
-    # Makes GradScaler leave the scale to `step`, which refuses it.
-    _step_supports_amp_scaling = True
 
     def __init__(
         self,
@@ -122,8 +121,9 @@ class EngineOptimizer(Gradients):
         Args:
             closure: returns the loss, or ``(loss, output)`` with the model's output for a loss
                 written by hand; it may or may not call ``zero_grad()`` and ``backward()``. It runs
-                once, with gradients enabled. Without a closure the forward and backward pass must
-                have run inside ``with opt.record():``.
+                once, with gradients enabled. Without a closure the gradients are those of the
+                forward and backward passes before, as in all of torch; a private optimizer needs
+                them inside ``with opt.record():``.
 
         Returns:
             What the closure returned.
@@ -152,6 +152,7 @@ class EngineOptimizer(Gradients):
                 self._arm()
                 return None
             if closure is not None:
+                check_closures()
                 loss = self._run(closure)
                 if loss is None and self._is_skipped(closure):
                     return None
@@ -196,13 +197,12 @@ class EngineOptimizer(Gradients):
         return loss
 
     def record(self) -> AbstractContextManager[Any]:
-        """Record the forward and backward pass of one step, for loops without a closure.
+        """Record the forward and backward pass of one step, where nothing else would.
 
-        Several blocks before one ``step()`` add up: gradient accumulation. Frameworks: PyTorch
-        Lightning's automatic optimization hands `step` a closure and needs nothing, but it cannot
-        accumulate gradients, for it runs the first closures elsewhere; its manual optimization
-        records. Under Accelerate, record with the optimizer that was given to ``prepare``.
-        `transformers.Trainer` owns both passes, and records them as shown.
+        An ordinary loop needs no block: recording begins by itself when a `torch.nn.Module` with
+        parameters of the optimizer is called. A block also sees what happens before, and serves
+        models that are no modules; private optimizers need one, or a closure. Several blocks before
+        one ``step()`` add up: gradient accumulation.
 
         Example:
             >>> opt = curvopt.DiagGGNOptimizer(model.parameters())
@@ -211,12 +211,6 @@ class EngineOptimizer(Gradients):
             ...     loss = loss_fn(model(x), y)
             ...     loss.backward()
             >>> opt.step()
-
-            >>> import transformers
-            >>> class Recorded(transformers.Trainer):
-            ...     def training_step(self, *args, **kwargs):
-            ...         with getattr(self.optimizer, "optimizer", self.optimizer).record():
-            ...             return super().training_step(*args, **kwargs)
         """
         if (wrapped := wrapped_by(self)) is not None:
             return wrapped.record()
@@ -297,6 +291,11 @@ class EngineOptimizer(Gradients):
         self._forget()
         if self._watch is not None:
             self._watch.settle()
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """Makes GradScaler leave the scale to `step`; Lightning asks too, and would not clip."""
+        return sys._getframe(1).f_globals.get("__name__") == "torch.amp.grad_scaler"
 
     def _overflowed(self) -> bool:
         """Whether GradScaler found the gradients not finite; else its scale is taken out."""

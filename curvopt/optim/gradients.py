@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import FrameType
 from typing import Any, cast
 
 import torch
@@ -164,3 +166,24 @@ def of_lightning(closure: Any) -> bool:
     """
     module = getattr(getattr(closure, "func", closure), "__module__", None) or ""
     return module.startswith(("lightning.", "pytorch_lightning."))
+
+
+def check_closures() -> None:
+    """Refuse closures where Accelerate accumulates gradients: it calls `step` for some of them.
+
+    Raises:
+        CurvoptError: it does.
+    """
+    state = sys.modules.get("accelerate.state")
+    shared = getattr(getattr(state, "GradientState", None), "_shared_state", {})
+    if ((shared.get("plugin_kwargs") or {}).get("num_steps") or 1) <= 1:
+        return
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and frame.f_globals.get("__name__") != "accelerate.optimizer":
+        frame = frame.f_back
+    if frame is not None:
+        raise CurvoptError(
+            "Accelerate accumulates gradients (gradient_accumulation_steps > 1), and leaves out "
+            "the closures of all batches but each last one: call accelerator.backward(loss) and "
+            "opt.step() without a closure"
+        )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+import weakref
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -51,6 +53,15 @@ def refuse_leaks(computation: Computation) -> None:
         )
 
 
+COMPILED = (
+    "every private step is recorded, and runs a compiled model as it was written: "
+    "torch.compile(model) gains nothing here, so take it out"
+)
+
+# Compiled models of which that was said.
+_TOLD: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+
+
 class PrivateTape(Tape):
     """Also refuses what would carry samples past the noise: statistics over the batch, buffers."""
 
@@ -71,6 +82,9 @@ class PrivateTape(Tape):
         return result
 
     def _before(self, module: nn.Module, args: Any) -> None:
+        if type(module).__name__ == "OptimizedModule" and module not in _TOLD:
+            _TOLD.add(module)
+            warnings.warn(COMPILED, stacklevel=2)
         held = module.named_buffers(recurse=isinstance(module, torch.jit.ScriptModule))
         self.buffers.append([(name, b, b._version) for name, b in held if b is not None])
 

@@ -31,7 +31,11 @@ class Scheduled(EngineOptimizer):
 
     def _due(self, p: Tensor) -> bool:
         """Whether a tensor's curvature is to be measured with its next gradient."""
-        return p in self.state and is_due(self.state[p]["step"], self.curvature_every)
+        if p not in self.state:
+            return False
+        count = self.state[p].get("step")
+        # A state of another optimizer: the step says what is wrong with it.
+        return not isinstance(count, int) or is_due(count, self.curvature_every)
 
     def _still_unmeasured(self) -> set[Tensor]:
         """The tensors that had a gradient, wait, and may have another."""

@@ -150,8 +150,10 @@ class VarianceAdaptiveSGD(EngineOptimizer):
         """Whether the variance of a parameter is to be measured with its next gradient."""
         if p not in self.state:
             return False
-        state = self.state[p]
-        return not state["measured"] or state["step"] % self.variance_every == 0
+        count = self.state[p].get("step")
+        # A state of another optimizer: the step says what is wrong with it.
+        known = isinstance(count, int) and self.state[p].get("measured")
+        return not known or count % self.variance_every == 0
 
     def _measures(self) -> bool:
         params = [p for p in self._parameters() if p.requires_grad]

@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import warnings
 import weakref
 
 import pytest
@@ -12,6 +13,7 @@ from torch.func import vmap
 from torch.overrides import _get_current_function_mode_stack, _pop_mode
 
 import curvopt
+from curvopt.optim.private_tape import COMPILED
 from tests import oracles
 from tests.faults.situations import (
     CLIP,
@@ -298,6 +300,7 @@ def untouched_process():
     assert found == (hooks, modes)
 
 
+@pytest.mark.filterwarnings("ignore:every private step is recorded:UserWarning")
 @every
 def test_a_step_that_fails_on_a_compiled_model_leaves_nothing(name, untouched_process):
     net, (x, y) = network(), batch()
@@ -316,6 +319,17 @@ def test_a_step_that_fails_on_a_compiled_model_leaves_nothing(name, untouched_pr
     nn.BatchNorm1d(D)(x)  # as before
     opt.step(lambda: ce(compiled(x), y))
     assert all(count <= before[name] for name, count in hooks_of_modules().items())
+
+
+@pytest.mark.parametrize("name", ["dp_sgd", "dp_adam"])
+def test_private_steps_of_a_compiled_model_say_that_its_speed_is_lost(name, untouched_process):
+    net, (x, y) = network(), batch()
+    compiled, opt = torch.compile(net, backend="eager"), ALL[name](net.parameters())
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("default")
+        for _ in range(3):
+            opt.step(lambda: ce(compiled(x), y))
+    assert [str(w.message) for w in said if "torch.compile" in str(w.message)] == [COMPILED]
 
 
 @every

@@ -1,6 +1,7 @@
 """The training loops that people run, with the real packages."""
 
 import warnings
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -29,8 +30,8 @@ def data(n=64):
     return TensorDataset(x, x[:, :3].argmax(1))
 
 
-def loader():
-    return DataLoader(data(), batch_size=16)
+def loader(parts=1):
+    return DataLoader(data(), batch_size=16 // parts)
 
 
 def plain(make, epochs, **options):
@@ -86,7 +87,7 @@ def module(package, make, training_step=None, **attributes):
     return result
 
 
-def fit(package, module, epochs=3, **options):
+def fit(package, module, epochs=3, parts=1, **options):
     trainer = package.Trainer(
         max_epochs=epochs,
         accelerator="cpu",
@@ -97,7 +98,7 @@ def fit(package, module, epochs=3, **options):
         **options,
     )
     torch.manual_seed(1)
-    trainer.fit(module, loader())
+    trainer.fit(module, loader(parts))
     return trainer
 
 
@@ -109,12 +110,13 @@ def test_lightning_automatic_optimization(lightning, make):
     assert_same(task.model, plain(make, 3))
 
 
+@pytest.mark.parametrize("recorded", [False, True], ids=["as-it-is", "recorded"])
 @every
-def test_lightning_manual_optimization(lightning, make):
+def test_lightning_manual_optimization(lightning, make, recorded):
     def training_step(self, batch):
         opt = self.optimizers()
         opt.zero_grad()
-        with opt.record():
+        with opt.record() if recorded else nullcontext():
             self.manual_backward(self.loss(batch))
         opt.step()
 
@@ -132,11 +134,63 @@ def test_lightning_clips_gradients(lightning):
         assert 0 < (p - q).norm() < 1e-4
 
 
-def test_lightning_accumulation_is_refused(lightning):
-    """It runs the first closures outside of `step`, where nothing can be recorded."""
-    task = module(lightning, curvopt.VarianceAdaptiveSGD)
-    with pytest.raises(curvopt.CurvoptError, match="was not recorded"):
-        fit(lightning, task, accumulate_grad_batches=2)
+@every
+def test_lightning_accumulates(lightning, make):
+    """The first closures run outside of `step`, the last one inside."""
+    task = module(lightning, make)
+    fit(lightning, task, parts=2, accumulate_grad_batches=2)
+    assert_same(task.model, plain(make, 3))
+
+
+@every
+def test_lightning_in_bfloat16_with_clipping(lightning, make):
+    task = module(lightning, make)
+    fit(lightning, task, precision="bf16-mixed", gradient_clip_val=1e3)
+    for p, q in zip(task.model.parameters(), plain(make, 3), strict=True):
+        assert 0 < (p - q).norm() < 0.1 * q.norm()
+
+
+@every
+def test_lightning_detects_anomalies(lightning, make):
+    task = module(lightning, make)
+    fit(lightning, task, detect_anomaly=True)
+    assert_same(task.model, plain(make, 3))
+
+
+@pytest.mark.parametrize("automatic", [True, False])
+@every
+def test_lightning_skips_a_training_step_that_returns_none(lightning, make, automatic):
+    """As with torch's optimizers: no gradient, no step."""
+    seen = []
+
+    def training_step(self, batch):
+        seen.append(len(seen))
+        loss = self.loss(batch)
+        skipped = len(seen) % 3 == 1
+        if automatic:
+            return None if skipped else loss
+        if not skipped:
+            opt = self.optimizers()
+            opt.zero_grad()
+            self.manual_backward(loss)
+            opt.step()
+        return None
+
+    def seeded(params):
+        opt = make(params)
+        opt.generator = torch.Generator().manual_seed(0)
+        return opt
+
+    task = module(lightning, seeded, training_step, automatic_optimization=automatic)
+    trainer = fit(lightning, task)
+    assert trainer.optimizers[0].steps == 8
+
+    model = network()
+    opt = seeded(model.parameters())
+    for k, (x, y) in enumerate([*loader()] * 3):
+        if k % 3:
+            opt.step(lambda x=x, y=y: F.cross_entropy(model(x), y))
+    assert_same(task.model, list(model.parameters()))
 
 
 @every
@@ -192,20 +246,42 @@ def test_accelerate(accelerate, make):
     assert_same(model, plain(make, 3))
 
 
-def test_accelerate_accumulation(accelerate):
-    """Each micro-batch is recorded by the optimizer that was prepared."""
-    accelerator = accelerate.Accelerator(cpu=True, gradient_accumulation_steps=2)
+@pytest.mark.parametrize("parts", [1, 2])
+@pytest.mark.parametrize("by_hand", [False, True], ids=["accumulate", "by-hand"])
+@every
+def test_accelerate_as_it_is(accelerate, make, by_hand, parts):
+    """The loop of its documentation, clipping included."""
+    steps = 1 if by_hand else parts
+    accelerator = accelerate.Accelerator(cpu=True, gradient_accumulation_steps=steps)
     model = network()
-    recorder = curvopt.VarianceAdaptiveSGD(model.parameters())
-    model, opt, batches = accelerator.prepare(model, recorder, DataLoader(data(), batch_size=8))
+    batches = loader(parts)
+    model, opt, batches = accelerator.prepare(model, make(model.parameters()), batches)
+    torch.manual_seed(1)
     for _ in range(3):
-        for x, y in batches:
+        for k, (x, y) in enumerate(batches, 1):
             with accelerator.accumulate(model):
-                with recorder.record():
-                    accelerator.backward(F.cross_entropy(model(x), y))
+                loss = F.cross_entropy(model(x), y)
+                accelerator.backward(loss / parts if by_hand else loss)
+                if by_hand and k % parts:
+                    continue
+                if accelerator.sync_gradients:
+                    accelerator.clip_grad_norm_(model.parameters(), 1e6)
                 opt.step()
                 opt.zero_grad()
-    assert_same(model, plain(curvopt.VarianceAdaptiveSGD, 3))
+    assert_same(model, plain(make, 3))
+
+
+@every
+def test_accelerate_accumulation_with_closures_is_refused(accelerate, make):
+    accelerator = accelerate.Accelerator(cpu=True, gradient_accumulation_steps=2)
+    model = network()
+    model, opt, batches = accelerator.prepare(model, make(model.parameters()), loader(2))
+    before = [p.detach().clone() for p in model.parameters()]
+    (x, y), *_ = batches
+    accelerator.gradient_state._set_sync_gradients(True)  # the second batch of two
+    with pytest.raises(curvopt.CurvoptError, match="leaves out the closures"):
+        opt.step(lambda: F.cross_entropy(model(x), y))
+    assert_same(model, before)
 
 
 # Hugging Face.
@@ -240,37 +316,103 @@ def test_fine_tuning(transformers, make):
     assert losses[-1] < 0.95 * losses[0]
 
 
-class Recorded:
-    """A mixin for `transformers.Trainer`: its forward and backward pass, recorded."""
-
-    def training_step(self, *args, **kwargs):
-        optimizer = getattr(self.optimizer, "optimizer", self.optimizer)  # Accelerate wraps it
-        with optimizer.record():
-            return super().training_step(*args, **kwargs)
+def trainer_of(transformers, folder, model, opt, accumulate=1, **options):
+    rows = [{"input_ids": ids, "labels": ids} for ids in sentences()]
+    loss = options.pop("compute_loss_func", None)
+    settings = transformers.TrainingArguments(
+        **{
+            "output_dir": folder,
+            "num_train_epochs": 4,
+            "per_device_train_batch_size": 8 // accumulate,
+            "gradient_accumulation_steps": accumulate,
+            "use_cpu": True,
+            "report_to": [],
+            "save_strategy": "no",
+            "logging_steps": 1,
+            "disable_tqdm": True,
+            "lr_scheduler_type": "constant",
+            "max_grad_norm": 1e6,
+        }
+        | options
+    )
+    return transformers.Trainer(
+        model=model,
+        args=settings,
+        train_dataset=rows,
+        optimizers=(opt, None),
+        compute_loss_func=loss,
+    )
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
 @pytest.mark.filterwarnings("ignore")
-def test_trainer(transformers, tmp_path, accumulate):
-    class Trainer(Recorded, transformers.Trainer):
-        pass
+@every
+def test_trainer_as_it_is(transformers, tmp_path, accumulate, make):
+    """Its steps are those of closures on the same batches."""
+    model, twin = gpt2(transformers), gpt2(transformers)
+    opt, other = (make(m.named_parameters()) for m in (model, twin))
+    trainer = trainer_of(transformers, tmp_path, model, opt, accumulate)
+    batches, counts, compute = [], [], trainer.compute_loss
+
+    def seen(model, inputs, *args, **kwargs):
+        if model.training:
+            batches.append(inputs["input_ids"])
+            counts.append(kwargs.get("num_items_in_batch"))
+        return compute(model, inputs, *args, **kwargs)
+
+    trainer.compute_loss = seen
+    generator = make is not curvopt.VarianceAdaptiveSGD
+    if generator:
+        opt.generator, other.generator = (torch.Generator().manual_seed(0) for _ in range(2))
+    trainer.train()
+    assert opt.steps == len(batches) // accumulate == 16
+    if accumulate > 1 and generator:
+        return  # the signs are drawn for each part
+    for k in range(0, len(batches), accumulate):
+        ids, items = torch.cat(batches[k : k + accumulate]), {"num_items_in_batch": counts[k]}
+        other.step(lambda ids=ids, items=items: twin(input_ids=ids, labels=ids, **items).loss)
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=2e-3, atol=2e-4)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.filterwarnings("ignore")
+@every
+def test_trainer_smooths_labels(transformers, tmp_path, accumulate, make):
+    """By its own loss where no curvature is wanted, by torch's elsewhere."""
+
+    def smoothed(outputs, labels, num_items_in_batch=None):
+        logits = outputs["logits"][:, :-1].flatten(0, 1)
+        return F.cross_entropy(logits, labels[:, 1:].flatten(), label_smoothing=0.1)
 
     model = gpt2(transformers)
-    opt = curvopt.VarianceAdaptiveSGD(model.named_parameters())
-    rows = [{"input_ids": ids, "labels": ids} for ids in sentences()]
-    settings = transformers.TrainingArguments(
-        output_dir=tmp_path,
-        num_train_epochs=4,
-        per_device_train_batch_size=8 // accumulate,
-        gradient_accumulation_steps=accumulate,
-        use_cpu=True,
-        report_to=[],
-        save_strategy="no",
-        logging_steps=1,
-        disable_tqdm=True,
-    )
-    trainer = Trainer(model=model, args=settings, train_dataset=rows, optimizers=(opt, None))
+    opt = make(model.named_parameters())
+    own = make is curvopt.VarianceAdaptiveSGD
+    options = {"label_smoothing_factor": 0.1} if own else {"compute_loss_func": smoothed}
+    trainer = trainer_of(transformers, tmp_path, model, opt, accumulate, **options)
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert losses[-1] < 0.95 * losses[0]
-    assert opt.samples == 8
+    if not own:
+        opt = make(model.named_parameters())
+        trainer = trainer_of(transformers, tmp_path, model, opt, label_smoothing_factor=0.1)
+        with pytest.raises(curvopt.CurvoptError, match="Hessian"):
+            trainer.train()
+
+
+@pytest.mark.filterwarnings("ignore")
+@every
+def test_trainer_resumes(transformers, tmp_path, make):
+    def run(folder, epochs, resume=False):
+        model = gpt2(transformers)
+        options = {"num_train_epochs": epochs, "save_strategy": "epoch", "seed": 1}
+        trainer = trainer_of(transformers, folder, model, make(model.named_parameters()), **options)
+        torch.manual_seed(1)
+        trainer.train(resume_from_checkpoint=resume)
+        return model
+
+    whole = run(tmp_path / "whole", 4)
+    run(tmp_path / "half", 2)
+    resumed = run(tmp_path / "half", 4, resume=True)
+    for p, q in zip(resumed.parameters(), whole.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-5)

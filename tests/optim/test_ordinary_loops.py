@@ -1107,3 +1107,71 @@ def test_a_compiled_model_that_fails(make, counter):
     ce(model(x), y).backward()
     opt.step()
     assert_same(net, by_closure(make, mean_ce, steps=1))
+
+
+# Adapters, frozen parts, parameters of others.
+
+
+class LowRank(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.base, self.head = nn.Linear(D, 5), nn.Linear(5, C)
+        self.a, self.b = nn.Parameter(torch.randn(2, D)), nn.Parameter(torch.randn(5, 2))
+
+    def forward(self, x):
+        return self.head((self.base(x) + x @ self.a.t() @ self.b.t()).tanh())
+
+
+@pytest.mark.parametrize("given", ["adapter", "adapter-and-head", "all"])
+@pytest.mark.parametrize("frozen", ["", "base", "bias", "head"])
+@every
+def test_low_rank_adapters_and_frozen_parts(make, given, frozen):
+    def build():
+        torch.manual_seed(0)
+        net = LowRank().double()
+        for name, p in net.named_parameters():
+            p.requires_grad_(not (frozen and frozen in name))
+        params = {
+            "adapter": [net.a, net.b],
+            "adapter-and-head": [net.a, net.b, *net.head.parameters()],
+            "all": list(net.parameters()),
+        }[given]
+        return net, make(params)
+
+    (net, opt), (twin, other) = build(), build()
+    for k in range(4):
+        x, y = batch(k)
+        torch.manual_seed(k)
+        opt.zero_grad()
+        ce(net(x), y).backward()
+        opt.step()
+        torch.manual_seed(k)
+        other.step(lambda x=x, y=y: ce(twin(x), y))
+    assert_same(net, params_of(twin))
+
+
+@pytest.mark.parametrize("base", [True, False], ids=["trainable", "frozen"])
+@every
+def test_peft(make, base):
+    peft = pytest.importorskip("peft")
+
+    def build():
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(D, 5), nn.Tanh(), nn.Linear(5, C))
+        net = peft.get_peft_model(net, peft.LoraConfig(r=2, target_modules=["0", "2"]))
+        adapters = [p for p in net.parameters() if p.requires_grad]
+        if base:
+            net.requires_grad_()
+        return net, make(adapters)
+
+    (net, opt), (twin, other) = build(), build()
+    for k in range(3):
+        x, y = batch(k)
+        x = x.float()
+        torch.manual_seed(k)
+        opt.zero_grad()
+        ce(net(x), y).backward()
+        opt.step()
+        torch.manual_seed(k)
+        other.step(lambda x=x, y=y: ce(twin(x), y))
+    assert_same(net, params_of(twin))

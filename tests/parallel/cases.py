@@ -1,5 +1,6 @@
 """Optimizers, models and batches for several processes, and the run of one process beside them."""
 
+from contextlib import nullcontext
 from functools import partial
 
 import torch
@@ -58,12 +59,12 @@ def batches(steps=STEPS, tokens=False, n=N):
         yield x, torch.randint(3, (n,), generator=generator)
 
 
-def one_step(opt, model, x, y, by_closure):
-    """A step, by a closure or in a block."""
-    if by_closure:
+def one_step(opt, model, x, y, habit):
+    """A step, in a block, by a closure, or of an ordinary loop."""
+    if habit == 1:
         return opt.step(lambda: F.cross_entropy(model(x), y))
     opt.zero_grad()
-    with opt.record():
+    with nullcontext() if habit == 2 and opt.goes_backward else opt.record():
         loss = F.cross_entropy(model(x), y)
         loss.backward()
     opt.step()
@@ -95,7 +96,7 @@ def train(make, model, wrapped, rows=lambda *batch: batch, tokens=False, steps=S
     """Train; the model that is called may be another than the one that has the parameters."""
     opt = make(model.parameters())
     for k, (x, y) in enumerate(batches(steps, tokens)):
-        one_step(opt, wrapped, *rows(x, y), by_closure=k % 2)
+        one_step(opt, wrapped, *rows(x, y), habit=(k + k // 3) % 3)
     return opt
 
 
