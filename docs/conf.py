@@ -47,11 +47,6 @@ html_math_renderer = "mathml"  # which browsers draw themselves, without a netwo
 html_title = "curvopt"
 html_static_path = ["_static"]
 html_css_files = ["style.css"]
-html_theme_options = {
-    "source_repository": pages.REPOSITORY + "/",
-    "source_branch": "main",
-    "source_directory": "docs/",
-}
 html_show_sphinx = False
 copybutton_prompt_text = r">>> |\.\.\. |\$ "
 copybutton_prompt_is_regexp = True
