@@ -172,6 +172,10 @@ class DPSGD(PrivateOptimizer):
             view_order=view_order,
         )
 
+    def _begun(self, p: Tensor, group: dict[str, Any]) -> dict[str, Any]:
+        # As the first step's buffer is the gradient, that of no step is zero.
+        return {"momentum_buffer": torch.zeros_like(p)} if group["momentum"] else {}
+
     def _move(
         self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor]
     ) -> Callable[[], None]:
