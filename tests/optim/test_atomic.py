@@ -93,6 +93,7 @@ class Run:
         """All that must stay, copied; the generator of noise may go on."""
         state = copy.deepcopy(self.opt.state_dict())
         state.get("privacy", {}).pop("noise", None)
+        state["param_groups"][0].pop("curvopt_noise", None)  # the same, for other checkpoints
         others = getattr(self.opt, "norms", None), getattr(self.opt, "_sizes", None)
         return [copy.deepcopy([*self.model.parameters()]), state, copy.deepcopy(others)]
 
