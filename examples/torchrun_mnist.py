@@ -80,7 +80,7 @@ def accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
 
 
 def main() -> None:
-    """Trains, and prints the loss and the accuracy after each epoch."""
+    """Reads the arguments, and trains among the processes that torchrun has started."""
     parser = argparse.ArgumentParser(
         description="Trains on MNIST in several processes; start it by torchrun.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
@@ -101,14 +101,20 @@ def main() -> None:
     args = parser.parse_args()
 
     dist.init_process_group("gloo")  # "nccl" on GPUs, with torch.cuda.set_device(local rank)
+    train(args)  # which lets go of the model before the processes part
+    dist.destroy_process_group()
+
+
+def train(args: argparse.Namespace) -> None:
+    """Trains, and prints the loss and the accuracy after each epoch."""
     data, few = mnist(args.data_dir), slice(512 if args.smoke else None)
     images, labels = data.train_images[few], data.train_labels[few]
     tests = data.test_images[few], data.test_labels[few]
 
     model = network()
     wrapped = fully_shard(model) if args.shard else DistributedDataParallel(model)
-    train = TensorDataset(images, labels)
-    optimizer, loader = prepare(args.optimizer, model, train, args.batch_size)
+    samples = TensorDataset(images, labels)
+    optimizer, loader = prepare(args.optimizer, model, samples, args.batch_size)
     epochs = range(args.epochs)
     if args.resume:
         states = get_state_dict(model, optimizer)
@@ -145,7 +151,6 @@ def main() -> None:
     states = get_state_dict(model, optimizer)
     saved = {"model": states[0], "optimizer": states[1], "epochs": epochs[-1] + 1}
     dcp.save(saved, checkpoint_id=args.out / f"epoch{epochs[-1] + 1}")
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":
