@@ -128,6 +128,8 @@ class Accounted(PrivateStats):
                 float(p.double().sum()) for p in self._parameters() if not is_sharded(p)
             )
         told = self._ranks.meet(settings, len(norms))
+        if not self._agreed:  # one run, which any process may be asked to go on with
+            self.ledger.run_name = self._ranks.value_of_first(self.ledger.run_name)
         self._agreed = True
         return self._ranks.concatenated(norms, [count for (count,) in told])
 
