@@ -25,7 +25,9 @@ GUIDES = """
 """.split()
 # Sections of the gallery: what no section names stands in the last one.
 SECTIONS = {
-    "Training": "mnist stats growing_batch private_mnist private_finetuning private_trainer",
+    "Training": (
+        "mnist torchrun_mnist stats growing_batch private_mnist private_finetuning private_trainer"
+    ),
     "Quantities": (
         "batched_jacobians physics_informed variance_gradient tangent_kernel custom_module"
     ),

@@ -9,6 +9,7 @@ from torch import Generator, Tensor
 
 from curvopt.axes.views import ViewOrder
 from curvopt.errors import CurvoptError
+from curvopt.optim.checkpoint import pack, unpack
 from curvopt.optim.clip import Clip, Clipping, check_norm
 from curvopt.optim.private_stats import PrivateStats
 from curvopt.parallel.shards import is_sharded
@@ -127,6 +128,8 @@ class Accounted(PrivateStats):
                 float(p.double().sum()) for p in self._parameters() if not is_sharded(p)
             )
         told = self._ranks.meet(settings, len(norms))
+        if not self._agreed:  # one run, which any process may be asked to go on with
+            self.ledger.run_name = self._ranks.value_of_first(self.ledger.run_name)
         self._agreed = True
         return self._ranks.concatenated(norms, [count for (count,) in told])
 
@@ -142,10 +145,11 @@ class Accounted(PrivateStats):
             "ledger": self.ledger.state_dict(),
             "line": self.ledger.line(),
             # Others than the first process draw none.
-            "noise": self._noise.state_dict() if self._ranks.first else self._noise.shared(),
+            "noise": self._noise.state_dict() if self._ranks.first else None,
+            "parts": self._noise.shared(),  # of parameters that are divided: the same on all
             "clipping": clip.state_dict() if isinstance(clip, QuantileClipping) else {},
         }
-        return super().state_dict() | {"privacy": privacy}
+        return pack(super().state_dict() | {"privacy": privacy})
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from a saved state, with the noise that would have come next.
@@ -156,6 +160,7 @@ class Accounted(PrivateStats):
         Raises:
             CurvoptError: the state is that of an optimizer that was not private.
         """
+        state_dict = unpack(state_dict)
         if "privacy" not in state_dict:
             raise CurvoptError(
                 "the state has no privacy ledger, so what was spent before is unknown: load a "
@@ -170,7 +175,7 @@ class Accounted(PrivateStats):
         super().load_state_dict(state_dict)
         self._agreed = False
         if not self.ledger.put_back(privacy["ledger"], privacy.get("line", ())):
-            self._noise.load_state_dict(privacy["noise"] or {})
+            self._noise.load_state_dict((privacy["noise"] or {}) | (privacy.get("parts") or {}))
         if isinstance(self.max_grad_norm, QuantileClipping):
             self.max_grad_norm.load_state_dict(privacy["clipping"])
 

@@ -156,6 +156,8 @@ class EngineOptimizer(Gradients):
                 loss = self._run(closure)
                 if loss is None and self._is_skipped(closure):
                     return None
+            elif not self._recorded and self._begin_states():
+                return None
             self._check_recorded()
             taken = self.steps
             if self.goes_backward:

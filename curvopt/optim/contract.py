@@ -11,7 +11,9 @@ import torch
 from torch import Generator, Tensor
 
 from curvopt.optim.automatic import Watch
+from curvopt.optim.checkpoint import pack, refuse_foreign, unpack
 from curvopt.optim.stats import Stats
+from curvopt.parallel.shards import local
 
 
 class Contract(torch.optim.Optimizer):
@@ -72,20 +74,57 @@ class Contract(torch.optim.Optimizer):
         if self._watch is not None:
             self._watch.arm()
 
+    def _begun(self, p: Tensor, group: dict[str, Any]) -> dict[str, Any]:
+        """The state of a parameter before its first step, with all that it may come to hold."""
+        raise NotImplementedError
+
+    def _begin_states(self) -> bool:
+        """Fill the state before the first step, where that is what is asked for.
+
+        `torch.distributed.checkpoint` asks for it by a step of lr 0 along gradients of 0.
+        """
+        params = [p for p in self._parameters() if p.requires_grad]
+        asked = (
+            not self.state
+            and not any(float(group["lr"]) for group in self.param_groups)
+            and not any(p.grad is None or local(p.grad).any() for p in params)
+        )
+        for group in self.param_groups if asked else ():
+            for p in group["params"]:
+                if p.requires_grad:
+                    state = self._begun(p, group)
+                    if state:
+                        self.state[p] = state
+        return asked
+
     def state_dict(self) -> dict[str, Any]:
-        """As in torch, with one more entry, ``"engine"``: counters and the generator's state."""
+        """As in torch, with one more entry, ``"engine"``: counters and the generator's state.
+
+        A copy of it is in the first group, for `torch.distributed.checkpoint`.
+        """
         engine = {name: deepcopy(getattr(self, name)) for name in self.saved}
+        engine["optimizer"] = type(self).__name__
         if self.generator is not None:
             engine["generator"] = self.generator.get_state()
-        return super().state_dict() | {"engine": engine}
+        return pack(super().state_dict() | {"engine": engine})
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As in torch, but state keeps its dtype: float32 also for half-precision parameters."""
+        """As in torch, but state keeps its dtype: float32 also for half-precision parameters.
+
+        Raises:
+            CurvoptError: the state is another optimizer's, or of parameters of other shapes.
+        """
         final: dict[str, Any] = {}
         passing = self.collected, self._left, self._recorded, self._failed  # p.grad stays as well
-        hook = self.register_load_state_dict_pre_hook(lambda _, loaded: final.update(loaded))
+
+        def check(_: Any, loaded: dict[str, Any]) -> None:
+            kinds = [one.__name__ for one in type(self).__mro__]
+            refuse_foreign(loaded, kinds, self._parameters(), type(self).__name__)
+            final.update(loaded)
+
+        hook = self.register_load_state_dict_pre_hook(check)
         try:
-            super().load_state_dict(state_dict)
+            super().load_state_dict(unpack(state_dict))
         finally:
             hook.remove()
         self.collected, self._left, self._recorded, self._failed = passing
@@ -94,7 +133,8 @@ class Contract(torch.optim.Optimizer):
             for key, value in final["state"].get(index, {}).items():
                 if isinstance(value, Tensor):
                     self.state[p][key] = value.to(p.device, copy=True)
-        engine = dict(final.get("engine", {}))
+        engine = dict(final["engine"])
+        engine.pop("optimizer", None)
         generator = engine.pop("generator", None)
         for name, value in engine.items():
             setattr(self, name, deepcopy(value))

@@ -216,6 +216,14 @@ class DiagGGNOptimizer(Scheduled):
         means = {p: total.div_(count) for p, total in self._sums(totals).items()}
         self.collected[:] = [{"diagonal": self._shards(means)}]
 
+    def _begun(self, p: Tensor, group: dict[str, Any]) -> dict[str, Any]:
+        m = torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32))
+        state: dict[str, Any] = dict(step=0, weight=0.0, momentum_buffer=m)
+        state |= {name: torch.zeros_like(m) for name in ("curvature", "inverse")}
+        if group["momentum"] and group["adaptation"]:
+            state |= dict.fromkeys(("energy", "energy_weight", "log_rate"), 0.0)
+        return state
+
     def _update(self) -> None:
         measured = [part for values in self.collected for part in values.values()]
         unmeasured, plans = self._still_unmeasured(), []
@@ -226,14 +234,13 @@ class DiagGGNOptimizer(Scheduled):
                     continue
                 parts = [part[p] for part in measured if p in part]
                 state = dict(self.state[p]) if p in self.state else {}
-                if not state and not parts:
+                fresh = not state.get("weight")
+                if fresh and not parts:
                     unmeasured.add(p)  # its first step waits for its curvature
                     continue
                 unmeasured.discard(p)
-                if not state:
-                    m = torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32))
-                    state = dict(step=0, weight=0.0, momentum_buffer=m)
-                    state["curvature"] = torch.zeros_like(m)
+                if fresh:
+                    state = state or self._begun(p, group)
                 elif not self._due(p):
                     parts = []  # of others' turn
                 moves.append(Move(p, p.grad, state, parts, self._name))

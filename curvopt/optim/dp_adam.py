@@ -116,6 +116,9 @@ class DPAdam(PrivateOptimizer):
         require(all(0 <= b < 1 for b in group["betas"]), "betas", group["betas"], "in [0, 1)")
         require(group["eps"] > 0, "eps", group["eps"], "must be positive")
 
+    def _begun(self, p: Tensor, group: dict[str, Any]) -> dict[str, Any]:
+        return dict(step=0, exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
+
     def _move(
         self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor]
     ) -> Callable[[], None]:
@@ -131,8 +134,7 @@ class DPAdam(PrivateOptimizer):
         states, steps = [], []
         for p, grad in zip(params, grads, strict=True):
             state = dict(self.state[p]) if p in self.state else {}
-            if not state:
-                state.update(step=0, exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
+            state = state or self._begun(p, group)
             state["step"] += 1
             m, v = (held(state, key, p, self._name).clone() for key in ("exp_avg", "exp_avg_sq"))
             average(m, v, grad)

@@ -92,10 +92,11 @@ class DPSGD(PrivateOptimizer):
           after the noise. Parameters, buffers and numbers aside it may hold what has the shape of a
           parameter, such as what it is pulled to; nothing of that may be made of the samples.
         * An empty batch is a step: noise alone, accounted; `empty_step` takes it without the model.
-        * Data parallel: every process builds the same model, unwrapped, and the same optimizer, and
-          steps on its own samples, such as those of a ``PoissonBatchSampler`` with its ``rank``;
-          B is that of all processes together. Clipped sums are added up on the first process, which
-          adds the noise, once, and hands the result to all.
+        * Data parallel: every process builds the same model (`DistributedDataParallel` may wrap it)
+          and the same optimizer, and steps on its own samples, such as those of a
+          ``PoissonBatchSampler`` with its ``rank``; B is that of all processes together. Clipped
+          sums are added up on the first process, which adds the noise, once, and hands the result
+          to all. Under `fully_shard` each process adds the noise of its own shard.
         * A state that is loaded into an optimizer that has gone on since it was saved forgets none
           of the steps in between, and repeats none of the noise.
         * A sample whose gradient is not finite contributes nothing; see `nonfinite_samples`.
@@ -171,6 +172,10 @@ class DPSGD(PrivateOptimizer):
             views=views,
             view_order=view_order,
         )
+
+    def _begun(self, p: Tensor, group: dict[str, Any]) -> dict[str, Any]:
+        # As the first step's buffer is the gradient, that of no step is zero.
+        return {"momentum_buffer": torch.zeros_like(p)} if group["momentum"] else {}
 
     def _move(
         self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor]

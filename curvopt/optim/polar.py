@@ -305,7 +305,7 @@ class PolarOptimizer(Scheduled):
                 if p.grad is None or not p.numel():
                     continue
                 check_dense(p, self._name)
-                state = dict(self.state[p]) if p in self.state else self._begun(p)
+                state = dict(self.state[p]) if p in self.state else self._first_state(p)
                 (unmeasured.discard if state else unmeasured.add)(p)
                 if not state:
                     continue  # it takes part for the first time: looked at next
@@ -327,7 +327,14 @@ class PolarOptimizer(Scheduled):
         """What each pass found of a parameter."""
         return [values[field][p] for values in self.collected if p in values.get(field, ())]
 
-    def _begun(self, p: Tensor) -> dict[str, Any]:
+    def _begun(self, p: Tensor, group: dict[str, Any]) -> dict[str, Any]:
+        raise CurvoptError(
+            "what PolarOptimizer keeps of a parameter depends on the layers that use it, so that "
+            "there is no state before the first step: take a step before a state is saved or "
+            "loaded by torch.distributed.checkpoint (loading overwrites what the step did)"
+        )
+
+    def _first_state(self, p: Tensor) -> dict[str, Any]:
         """The state of a parameter that takes its first step; {} as long as its kind is unknown."""
         curvature, tables = self._found(p, Diagonal.field), self._found(p, "tables")
         # Contiguous, so that it is a matrix without being copied.

@@ -222,14 +222,16 @@ class VarianceAdaptiveSGD(EngineOptimizer):
             for (spread, share, _), rows in alike.items()
         ]
 
+    def _begun(self, p: Tensor, group: dict[str, Any]) -> dict[str, Any]:
+        b = torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32))
+        # S is positive: 0 / 0 must not happen.
+        variance = torch.full_like(b, floor(b.dtype))
+        return dict(step=0, spread=0.0, measured=0, momentum_buffer=b, variance=variance)
+
     def _row(self, p: Tensor, mu: float, batch: Batch | None, n: int) -> tuple[Any, Row]:
         """What moving a parameter needs: r, the share of news in S, its dtype; and the rest."""
         state = dict(self.state[p]) if p in self.state else {}
-        if not state:
-            b = torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32))
-            # S is positive: 0 / 0 must not happen.
-            state.update(step=0, spread=0.0, measured=0, momentum_buffer=b)
-            state["variance"] = torch.full_like(b, floor(b.dtype))
+        state = state or self._begun(p, {})
         b, s = (local(held(state, key, p, self._name)) for key in ("momentum_buffer", "variance"))
         grad = local(p.grad).to(b.dtype)
         decay, scatter = mu, None

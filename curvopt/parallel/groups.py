@@ -163,8 +163,8 @@ class Ranks:
         if self.many:
             add_up(tensors, lambda flat: dist.broadcast(flat, group=self.group, group_src=0))
 
-    def value_of_first(self, value: float) -> float:
-        """A number of the first process."""
+    def value_of_first(self, value: Any) -> Any:
+        """A value of the first process."""
         if not self.many:
             return value
         box = [value]

@@ -72,7 +72,7 @@ class PrivacyLedger:
         # Of the next shuffled step: may it join the last phase, does it certainly begin an epoch?
         self._merges, self._aligned = False, True
         self._line: list[tuple[str, int]] = []  # the runs that it has gone on from
-        self._name = secrets.token_hex(8)
+        self.run_name = secrets.token_hex(8)
 
     @property
     def steps(self) -> int:
@@ -213,7 +213,7 @@ class PrivacyLedger:
         """Go on from a saved history; within a shuffled epoch, with an order that may be new."""
         self.num_samples = state["num_samples"]
         self.phases = [Phase(**phase) for phase in state["phases"]]
-        self._line, self._name = [], secrets.token_hex(8)
+        self._line, self.run_name = [], secrets.token_hex(8)
         self._merges, self._aligned = False, False
 
     def put_back(self, state: dict[str, Any], line: Iterable[tuple[str, int]] = ()) -> bool:
@@ -247,7 +247,7 @@ class PrivacyLedger:
 
     def line(self) -> list[tuple[str, int]]:
         """The names of the runs up to here, and the number of steps at the end of each."""
-        return [*self._line, (self._name, self.steps)]
+        return [*self._line, (self.run_name, self.steps)]
 
     def _after(self, steps: int) -> list[Phase]:
         """The phases behind the first steps."""

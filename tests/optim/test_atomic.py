@@ -92,7 +92,10 @@ class Run:
     def state(self):
         """All that must stay, copied; the generator of noise may go on."""
         state = copy.deepcopy(self.opt.state_dict())
-        state.get("privacy", {}).pop("noise", None)
+        for key in ("noise", "line"):  # a run's name is its own
+            state.get("privacy", {}).pop(key, None)
+        for key in ("curvopt", "curvopt_noise"):  # copies for torch.distributed.checkpoint
+            state["param_groups"][0].pop(key, None)
         others = getattr(self.opt, "norms", None), getattr(self.opt, "_sizes", None)
         return [copy.deepcopy([*self.model.parameters()]), state, copy.deepcopy(others)]
 

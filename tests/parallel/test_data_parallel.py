@@ -36,8 +36,16 @@ WRAPPERS = {
 }
 
 
-@pytest.mark.parametrize("wrapper", WRAPPERS)
-@pytest.mark.parametrize("optimizer", cases.OPTIMIZERS)
+BOTH = [(name, "ddp") for name in cases.OPTIMIZERS]
+BOTH += [
+    (name, wrapper)
+    for name in ("ggn_exact", "variance_adaptive", "dp_sgd")
+    for wrapper in WRAPPERS
+    if wrapper != "ddp"
+]
+
+
+@pytest.mark.parametrize(("optimizer", "wrapper"), BOTH)
 @ranks()
 def test_wrapped(optimizer, wrapper):
     cases.compare(optimizer, WRAPPERS[wrapper])

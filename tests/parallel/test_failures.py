@@ -16,7 +16,7 @@ from tests.parallel import cases
 from tests.parallel.ranks import everywhere, part, ranks, same_everywhere
 
 ORDINARY = ["ggn_exact", "variance_adaptive"]
-PRIVATE = ["dp_sgd", "dp_adam"]
+PRIVATE = ["dp_sgd"]
 
 
 def raised(function):

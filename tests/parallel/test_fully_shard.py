@@ -42,12 +42,10 @@ def test_mlp(name, reshard):
             assert not isinstance(value, torch.Tensor) or isinstance(value, DTensor), key
 
 
-@pytest.mark.parametrize("reshard", [True, False], ids=["resharded", "kept"])
 @pytest.mark.parametrize("name", SHARDED)
 @ranks()
-def test_transformer(name, reshard):
-    wrap = partial(shard, reshard_after_forward=reshard)
-    cases.compare(name, wrap, cases.Transformer, tokens=True, steps=7)
+def test_transformer(name):
+    cases.compare(name, shard, cases.Transformer, tokens=True, steps=7)
 
 
 @pytest.mark.parametrize("name", [name for name in SHARDED if name != "ggn_sketch"])
