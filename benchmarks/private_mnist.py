@@ -80,7 +80,7 @@ def report(rows: list[dict[str, Any]]) -> str:
     seconds = {
         model: statistics.median(s for r in rows if r["model"] == model for s in r["cpu_seconds"])
         for model in MODELS
-        if any(r["model"] == model for r in rows)
+        if any(r["model"] == model and r["cpu_seconds"] for r in rows)
     }
     spent = "; ".join(f"{model} {value:.0f} s" for model, value in seconds.items())
     published = "; ".join(

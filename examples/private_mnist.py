@@ -17,7 +17,7 @@ Three models:
   gradients, stay small (Papernot et al. 2021, arXiv 2007.14191);
 - `pixels`: a linear layer on the pixels.
 
-The weights that are tested are an average over the last steps, and `--views` averages the gradient
+`--average` tests an average of the weights over the last steps, and `--views` averages the gradient
 of an image over shifted copies of it before it is clipped (De et al. 2022, arXiv 2204.13650).
 """
 

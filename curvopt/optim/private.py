@@ -28,6 +28,13 @@ from curvopt.privacy.withheld import Withheld, release, withhold
 from curvopt.quantities import Quantity
 from curvopt.recording.tape import Tape
 
+LEFT_OVER = (
+    "a recorded pass was not followed by step(): record all micro-batches of a logical batch in "
+    "one `with opt.record():`, or drop the pass by zero_grad(). Where a framework accumulates "
+    "gradients, draw each logical batch in as many parts: DataLoader(data, "
+    "batch_sampler=poisson_sampler.in_parts(k)), and give that loader as sampler="
+)
+
 
 class PrivateOptimizer(Accounted):
     """What private optimizers share: `p.grad` is a noisy sum of clipped gradients, and accounted.
@@ -51,7 +58,7 @@ class PrivateOptimizer(Accounted):
     finite_loss = False  # one sample may make it infinite; its gradient is left out then
 
     # Of the step under way.
-    _spent = _stepping = False
+    _spent = _stepping = _left_over = False
     _last_tape: Callable[[], Tape | None] = staticmethod(lambda: None)
 
     def _move(
@@ -81,13 +88,7 @@ class PrivateOptimizer(Accounted):
         if wrapped is not None:
             return wrapped.record()
         if self.collected and not self._stepping and self._passes >= self.parts:
-            raise CurvoptError(
-                "a recorded pass was not followed by step(): record all micro-batches of a logical "
-                "batch in one `with opt.record():`, or drop the pass by zero_grad(). Where a "
-                "framework accumulates gradients, draw each logical batch in as many parts: "
-                "DataLoader(data, batch_sampler=poisson_sampler.in_parts(k)), and give that loader "
-                "as sampler="
-            )
+            raise CurvoptError(LEFT_OVER)
         self._begin_pass()
         if not self.collected:
             self.zero_grad()
@@ -138,6 +139,8 @@ class PrivateOptimizer(Accounted):
     def _add(
         self, sums: dict[Tensor, Tensor], norms: Tensor, penalties: dict[Tensor, Tensor]
     ) -> None:
+        if self._left_over:
+            raise CurvoptError(LEFT_OVER)
         if not self.collected:
             self.collected.append(LogicalBatch())
         batch: LogicalBatch = self.collected[0]
@@ -217,13 +220,17 @@ class PrivateOptimizer(Accounted):
         if made.grads is not None:
             return made.grads[p]
         tape = self._last_tape()
+        self._met = self._spent = False
         with tape.trace.paused() if tape is not None and tape.depth else nullcontext():
             try:
                 batch = self._made()
-            finally:
-                if self._spent and not (self.collected and self.collected[0].grads):
-                    self.zero_grad()  # it failed after noise went into the sums
+            except Exception:
+                self._tell()
+                if self._spent:  # it failed after noise went into the sums
+                    self.zero_grad()
+                raise
             self._account(batch)
+        self._spent = False
         assert batch.grads is not None
         return batch.grads[p]
 
@@ -301,11 +308,11 @@ class PrivateOptimizer(Accounted):
                 self.empty_batch()
             return loss
 
-        self._stepping = True
+        self._stepping, self._left_over = True, before >= self.parts
         try:
             return super()._run(run)
         finally:
-            self._stepping = False
+            self._stepping = self._left_over = False
 
     def _begin_pass(self) -> None:
         try:

@@ -1,13 +1,10 @@
 """Private steps under Lightning, Accelerate and Trainer: Poisson batches, in parts, empty ones."""
 
-import os
-import socket
 import warnings
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import multiprocessing
 from torch.utils.data import DataLoader
 
 import curvopt
@@ -122,6 +119,15 @@ def test_lightning_manual_optimization_with_a_closure(lightning):
     assert_same(module.model, expected())
 
 
+def test_lightning_does_not_share_out_poisson_batches(lightning):
+    """On several processes it would put a sampler of its own in place of this one."""
+    from lightning.pytorch.utilities.data import _update_dataloader
+
+    loader = loader_of(poisson())
+    with refused(r"Trainer\(use_distributed_sampler=False\)"):
+        _update_dataloader(loader, torch.utils.data.DistributedSampler(data(), 2, 0))
+
+
 def test_lightning_accumulation_without_hands_is_refused(lightning):
     loader = loader_of(poisson().in_parts(2))
     with refused("accumulate_grad_batches.*manual optimization"):
@@ -159,39 +165,16 @@ def test_accelerate_accumulates_the_parts(accelerate, parts, prepared):
     assert (recorder.ledger.steps, recorder.sampler) == (8, "poisson")
 
 
-def sharded(rank, results, port):
-    import accelerate
-
-    places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_PORT": port}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", **{k: str(v) for k, v in places.items()}}
-    accelerator = accelerate.Accelerator(cpu=True)
-    messages = []
-    try:
-        accelerator.prepare(loader_of(poisson()))
-    except curvopt.CurvoptError as error:
-        messages.append(str(error))
-    shuffled = accelerator.prepare(DataLoader(data(), batch_size=8, shuffle=True))
-    try:
-        curvopt.privacy.sampler_kind(shuffled)
-    except curvopt.CurvoptError as error:
-        messages.append(str(error))
-    results[rank] = messages
-    torch.distributed.destroy_process_group()
-
-
-def test_accelerate_does_not_share_out_poisson_batches():
+def test_accelerate_does_not_share_out_poisson_batches(accelerate):
     """On two processes it ran half of the steps."""
-    pytest.importorskip("accelerate")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    with multiprocessing.Manager() as manager:
-        results = manager.dict()
-        multiprocessing.spawn(sharded, (results, port), nprocs=2)
-        for messages in dict(results).values():
-            first, second = messages
-            assert "keep its loader out of accelerator.prepare" in first
-            assert "BatchSamplerShard: it hands each process every other batch" in second
+    accelerate.Accelerator(cpu=True)
+    prepare = accelerate.data_loader.prepare_data_loader
+    two = {"num_processes": 2, "process_index": 1}
+    with refused(r"keep its loader out of accelerator\.prepare"):
+        prepare(loader_of(poisson()), **two)
+    shuffled = prepare(DataLoader(data(), batch_size=8, shuffle=True), **two)
+    with refused("BatchSamplerShard: it hands each process every other batch"):
+        private(network().parameters(), shuffled)
 
 
 @pytest.fixture(scope="module")

@@ -163,6 +163,30 @@ def test_a_pass_that_is_left_over_leads_to_parts():
         opt.record()
 
 
+@pytest.mark.parametrize("backward", [False, True])
+def test_a_pass_that_is_left_over_is_not_joined_with_a_closure(backward):
+    """It may hold a sample that the closure has as well."""
+    model = network()
+    opt = private(model.parameters(), "none")
+    x, y = data().tensors
+
+    def closure():
+        loss = F.cross_entropy(model(x[:8]), y[:8])
+        if backward:
+            loss.backward()
+        return loss
+
+    with opt.record():
+        closure().backward() if not backward else closure()
+    with refused("not followed by step"):
+        opt.step(closure)
+    assert opt.ledger.steps == 0
+    opt.step(lambda: None)  # what was recorded, once
+    assert len(opt.norms) == 8
+    opt.step(closure)
+    assert len(opt.norms) == 8
+
+
 # -- clipping, reading, adding ---------------------------------------------------------------------
 
 
