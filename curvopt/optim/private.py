@@ -201,11 +201,11 @@ class PrivateOptimizer(Accounted):
         """Account a step before the first thing of it can be seen."""
         if batch.accounted:
             return
-        norm = self._clip.max_norm
+        norm, lost = self._clip.max_norm, int((~batch.lengths.isfinite()).sum())  # may fail
         self.ledger.log(self._sigma, self.sample_rate, sampler=self.sampler, max_grad_norm=norm)
         batch.accounted = True
         self.norms, self._sizes = batch.lengths, batch.sizes
-        self.nonfinite_samples += int((~batch.lengths.isfinite()).sum())
+        self.nonfinite_samples += lost
         if isinstance(self.max_grad_norm, QuantileClipping) and batch.following is not None:
             self.max_grad_norm.max_grad_norm = batch.following
 
