@@ -111,7 +111,9 @@ class Choices:
         """Leave out integers that index a table: the other data own all rows."""
         tables = [entry for entry in self.good if self._is_index(entry)]
         kept = [reading for entry, reading in self.good.items() if entry not in tables]
-        if not tables or not kept:
+        # One element of many for all samples is one of theirs (a label), and no table.
+        single = any(self.good[e].values.numel() == 1 < self.good[e].size for e in tables)
+        if not tables or not kept or single:
             return None
         try:
             linked = self._try(kept)

@@ -18,7 +18,6 @@ from torch.nn import Parameter
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from curvopt.axes.ops import FACTS, Facts, Op, Read, Ref, facts_of, refs_in
-from curvopt.errors import CurvoptError
 
 __all__ = ["Facts", "Key", "Op", "Read", "Ref", "Trace", "facts_of"]
 
@@ -74,8 +73,7 @@ class Trace(TorchDispatchMode):
         >>> trace.ops[trace.producer(trace.ref(loss))].name
         'nll_loss_forward'
 
-    Raises:
-        CurvoptError: for tensors that are sparse, nested or otherwise not strided.
+    Tensors that are sparse, nested or otherwise not strided make it `unsupported`.
     """
 
     # torch hands operators that take functions to the mode too, instead of raising.
@@ -119,8 +117,13 @@ class Trace(TorchDispatchMode):
                 made = self.outside[number] = self._ref(tensor, number)
                 return made
             return self._ref(tensor, number)
-        except (RuntimeError, NotImplementedError) as error:
-            raise _not_strided(tensor) from error
+        except (RuntimeError, NotImplementedError):
+            return self._unlike(tensor)
+
+    def _unlike(self, tensor: Tensor) -> Ref:
+        """Of a tensor that lies in no storage: the pass goes on, and is not to be trusted."""
+        self.unsupported = self.unsupported or _not_strided(tensor)
+        return Ref(-1, 0, torch.Size(), (), tensor.dtype, False)
 
     @staticmethod
     def _ref(tensor: Tensor, number: int) -> Ref:
@@ -157,8 +160,8 @@ class Trace(TorchDispatchMode):
                 storage = value.untyped_storage()
                 number = self._numbers.get(storage._cdata)
                 refs.append(self._ref(value, self._enter(storage) if number is None else number))
-            except (RuntimeError, NotImplementedError) as error:
-                raise _not_strided(value) from error
+            except (RuntimeError, NotImplementedError):
+                refs.append(self._unlike(value))
         elif isinstance(value, list | tuple):
             for item in value:
                 self._made(item, refs)
@@ -205,8 +208,8 @@ class Trace(TorchDispatchMode):
                             ),
                         )
                     )
-                except (RuntimeError, NotImplementedError) as error:
-                    raise _not_strided(arg) from error
+                except (RuntimeError, NotImplementedError):
+                    arg = self._unlike(arg)
             elif kind not in _PLAIN:
                 numeric = kind is list and _PLAIN.issuperset(map(type, arg))
                 arg = tuple(arg) if numeric else self._convert(arg)
@@ -226,6 +229,7 @@ class Trace(TorchDispatchMode):
         else:  # scripted code comes here with function modes active
             with _no_functions():
                 made = func(*args, **kwargs) if kwargs else func(*args)
+        outputs: tuple[Ref, ...]
         if type(made) is Tensor:
             try:
                 storage = made.untyped_storage()
@@ -235,9 +239,9 @@ class Trace(TorchDispatchMode):
                     self._weak.append(storage._weak_ref())  # type: ignore[arg-type]
                     self.nbytes.append(storage.nbytes())
                 view = (number, made.storage_offset(), made.shape, made.stride(), made.dtype, False)
-                outputs: tuple[Ref, ...] = (_new(Ref, view),)
-            except (RuntimeError, NotImplementedError) as error:
-                raise _not_strided(made) from error
+                outputs = (_new(Ref, view),)
+            except (RuntimeError, NotImplementedError):
+                outputs = (self._unlike(made),)
         else:
             refs: list[Ref] = []
             self._made(made, refs)
@@ -348,15 +352,15 @@ def _tensors(value: Any) -> Iterator[Tensor]:
             yield from _tensors(item)
 
 
-def _not_strided(tensor: Tensor) -> CurvoptError:
+def _not_strided(tensor: Tensor) -> str:
     kind = "nested" if tensor.is_nested else str(tensor.layout).removeprefix("torch.")
     if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
-        return CurvoptError(
+        return (
             "the pass is recorded inside a function transform (vmap, grad or another of "
             "torch.func), whose tensors have a hidden axis. Record the outer call instead: a "
             "transform used inside the model is fine"
         )
-    return CurvoptError(
+    return (
         f"a {kind} tensor takes part in the pass: how samples go through it cannot be seen. "
         "Use strided tensors: pad a nested tensor and mask the padding, give a sparse matrix as "
         "its indices with index_select and index_add, or as a dense one"

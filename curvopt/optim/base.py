@@ -228,8 +228,10 @@ class EngineOptimizer(Gradients):
 
     def _waiting_tape(self, on_backward: Callable[..., Any]) -> WaitingTape:
         self._met = self._told = False
-        named = [(name, p) for p, name in self._tape().names.items()]
+        like = self._tape()
+        named = [(name, p) for p, name in like.names.items()]
         tape = WaitingTape(named, batch_size=self.batch_size, on_backward=on_backward)
+        tape.record.silent += like.record.silent
         tape.on_module = self._wrappers.meet
         return tape
 

@@ -225,7 +225,10 @@ class PolarOptimizer(Scheduled):
             return super()._tape()
         wanted = {id(p) for part in self._measured() for p in part}
         named = [(name, p) for name, p in self._tracked() if id(p) in wanted]
-        return Tape(named, batch_size=self.batch_size)
+        tape = Tape(named, batch_size=self.batch_size)
+        # Parameters also where no function is seen to use them: in scripted code.
+        tape.record.silent += [p for _, p in self._tracked() if id(p) not in wanted]
+        return tape
 
     def _accumulate(
         self, computation: Computation, quantities: list[Quantity], backward: Backward
