@@ -193,9 +193,10 @@ def test_gradients_add_up_until_they_are_zeroed():
     assert_close({p: p.grad for p in problem.params}, total, 1e-12)
 
 
-def test_step_without_closure_or_record():
+def test_step_without_closure_or_record_over_an_earlier_pass():
     problem = Case("mlp-tanh", "ce").build()
+    loss = problem.loss()
     opt = curvopt.DiagGGNOptimizer(problem.model.parameters())
-    problem.loss().backward()
+    loss.backward()
     with pytest.raises(curvopt.CurvoptError, match="closure"):
         opt.step()

@@ -111,11 +111,15 @@ class Watch:
         self.nodes.clear()
         while self.handles:
             self.handles.pop().remove()
+        self.drop()
+        if not _ARMED and settle():
+            _unhook_modules()
+
+    def drop(self) -> None:
+        """Forget what is being recorded: a block or a closure records instead."""
         if self.tape is not None:
             self.tape.end()
             self.tape = None
-        if not _ARMED and settle():
-            _unhook_modules()
 
     def settle(self) -> None:
         """Leave the modes of a recording that is over."""

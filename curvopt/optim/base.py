@@ -216,6 +216,8 @@ class EngineOptimizer(Gradients):
         """
         if (wrapped := wrapped_by(self)) is not None:
             return wrapped.record()
+        if self._watch is not None:
+            self._watch.drop()
         wanted = self._wanted()
         self._met = self._told = False
         if not wanted:

@@ -214,7 +214,10 @@ class Tape(Modules, Losses, TorchFunctionMode):
                     return body(*args, **kwargs)
         else:
             arguments = rule.bind(args, kwargs)
-            rule = rule if rule.fits(arguments) else None
+            try:
+                rule = rule if rule.fits(arguments) else None
+            except CurvoptError as error:  # it fails the step, not the forward pass
+                rule, self.trace.unsupported = None, self.trace.unsupported or str(error)
         named: dict[Any, Any] = {**dict(enumerate(args)), **kwargs} if rule is None else arguments
         inputs = self._inputs(named)
         # A value that is changed in place keeps its name, but not what was known of it.
