@@ -91,7 +91,7 @@ def main() -> None:
         default="diag_ggn",
     )
     parser.add_argument("--shard", action="store_true", help="divide the parameters: fully_shard")
-    parser.add_argument("--epochs", type=int, default=2)
+    parser.add_argument("--epochs", type=int, default=2, help="over the training images")
     parser.add_argument("--batch-size", type=int, default=128, help="of all processes together")
     parser.add_argument("--seed", type=int, default=0, help="of the order of the samples")
     parser.add_argument("--data-dir", help="folder of MNIST's IDX files (None: found or fetched)")

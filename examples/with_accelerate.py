@@ -34,11 +34,11 @@ def data(count: int) -> TensorDataset:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--optimizer", choices=OPTIMIZERS, default="diag_ggn")
-    parser.add_argument("--accumulate", type=int, default=1)
+    parser.add_argument("--optimizer", choices=OPTIMIZERS, default="diag_ggn", help="which one")
+    parser.add_argument("--accumulate", type=int, default=1, help="batches of a step")
     parser.add_argument("--by-hand", action="store_true", help="accumulate by counting batches")
     parser.add_argument("--clip", type=float, help="largest norm of the gradient")
-    parser.add_argument("--epochs", type=int, default=6)
+    parser.add_argument("--epochs", type=int, default=6, help="over the data")
     parser.add_argument("--smoke", action="store_true", help="a few steps")
     args = parser.parse_args()
     count, epochs = (128, 3) if args.smoke else (4096, args.epochs)

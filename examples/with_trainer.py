@@ -56,10 +56,10 @@ class Smoothed:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--optimizer", choices=OPTIMIZERS, default="diag_ggn")
-    parser.add_argument("--accumulate", type=int, default=1)
-    parser.add_argument("--label-smoothing", type=float, default=0.0)
-    parser.add_argument("--epochs", type=int, default=6)
+    parser.add_argument("--optimizer", choices=OPTIMIZERS, default="diag_ggn", help="which one")
+    parser.add_argument("--accumulate", type=int, default=1, help="batches of a step")
+    parser.add_argument("--label-smoothing", type=float, default=0.0, help="of the targets")
+    parser.add_argument("--epochs", type=int, default=6, help="over the data")
     parser.add_argument("--smoke", action="store_true", help="a few steps")
     args = parser.parse_args()
     rows = sentences(32 if args.smoke else 512)

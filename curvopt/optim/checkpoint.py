@@ -49,6 +49,10 @@ def unpack(state: dict[str, Any]) -> dict[str, Any]:
     return {**found, **state, "param_groups": groups}
 
 
+#: Entries of a state that have a shape of their own.
+PROJECTED = frozenset({"signal"})
+
+
 def refuse_foreign(
     state: dict[str, Any], names: Iterable[str], params: Iterable[Tensor], kind: str
 ) -> None:
@@ -76,7 +80,7 @@ def refuse_foreign(
         for key, value in state["state"].get(index, {}).items():
             if not isinstance(value, Tensor) or not value.ndim:
                 continue
-            if value.shape != p.shape and value.ndim == p.ndim:
+            if value.shape != p.shape and value.ndim == p.ndim and key not in PROJECTED:
                 raise CurvoptError(
                     f"{key!r} in the state of parameter {number} has shape {list(value.shape)}, "
                     f"and the parameter {list(p.shape)}: the state is one of another model"

@@ -149,7 +149,9 @@ def test_language_model_loss_on_flattened_tokens(n, tied):
 def test_options_that_are_refused(layer, option, match):
     layer = layer(5, 3, **option)
     with pytest.raises(curvopt.CurvoptError, match=match):
-        curvopt.compute(lambda: layer(torch.zeros(2, 4).long()).mean(), layer.parameters())
+        curvopt.compute(
+            lambda: layer(torch.zeros(2, 4).long()).mean(), layer.parameters(), curvopt.BatchGrad()
+        )
 
 
 def test_bags_with_max_are_slow_but_exact():
