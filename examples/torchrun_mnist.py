@@ -89,6 +89,7 @@ def main() -> None:
         "--optimizer",
         choices=["diag_ggn", "variance_adaptive", "polar", "dp_sgd"],
         default="diag_ggn",
+        help="which one",
     )
     parser.add_argument("--shard", action="store_true", help="divide the parameters: fully_shard")
     parser.add_argument("--epochs", type=int, default=2, help="over the training images")

@@ -281,7 +281,8 @@ class Replay:
             owners, itemsize = flat
             if itemsize != ref.dtype.itemsize or _length(ref) > len(owners):
                 return mixed(ref.ndim)
-            found = squash(owners.as_strided(ref.shape, ref.stride, ref.offset))
+            # A copy: what is written to the storage later must not change what is known of now.
+            found = squash(owners.as_strided(ref.shape, ref.stride, ref.offset)).clone()
             nobody = found.numel() == 1 and int(found) == NONE
             return None if nobody else State(found)
         views = self._views.get(ref.storage)
