@@ -103,6 +103,18 @@ def test_writes_are_seen_through_other_views():
     assert (replayed(shifted, torch.randn(4, 3)) == 1).all()
 
 
+def test_what_was_known_is_not_changed_by_later_writes():
+    x = torch.randn(4, 3)
+    with Trace() as trace:
+        y = x.clone()
+        y[0].copy_(x[1])
+        rest = trace.ref(y[2:])
+        at = len(trace.ops)
+        y[2:].copy_(x[:2])
+    replay = Replay(trace, {trace.ref(x).storage: along(x.shape, 0)}, marks=[(at, rest)]).run()
+    assert replay.marked[at, rest].owners.flatten().tolist() == [2, 3]
+
+
 def test_overlapping_writes():
     def summed(x):
         y = torch.zeros(3)
