@@ -29,8 +29,9 @@ ON_MNIST = {"variance_gradient", "elastic_weights", "noise_scale", "influence"}
 @pytest.fixture(autouse=True)
 def _beside_the_scripts(monkeypatch):
     monkeypatch.syspath_prepend(str(EXAMPLES))
-    rules = dict(MODULE_RULES)
+    rules, dtype = dict(MODULE_RULES), torch.get_default_dtype()
     yield
+    torch.set_default_dtype(dtype)
     MODULE_RULES.clear()
     MODULE_RULES.update(rules)
 

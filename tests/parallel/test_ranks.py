@@ -20,7 +20,7 @@ def test_processes_know_each_other():
     [
         (lambda: [][dist.get_rank() - 1], "rank 0: .*IndexError"),
         (lambda: dist.get_rank() and os._exit(3), "rank 1: died"),
-        (lambda: time.sleep(60 * dist.get_rank()), "(?s)rank 1: hangs.*in <lambda>"),
+        (lambda: time.sleep(60 * dist.get_rank()), "rank 1: hangs"),
         (lambda: dist.get_rank() or dist.all_reduce(torch.ones(1)), "rank 0: "),
     ],
     ids=["raises", "dies", "hangs", "waits"],
