@@ -1,0 +1,93 @@
+"""Accelerate and Lightning on two processes take the steps that one takes with the whole batch."""
+
+import os
+import warnings
+from functools import partial
+
+import pytest
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch.utils.data import DataLoader
+
+from tests.parallel import cases
+from tests.parallel.ranks import alone, part, ranks, same_everywhere
+
+MEASURING = ["ggn_exact", "variance_adaptive", "polar"]
+
+
+def as_under_torchrun():
+    """What torchrun tells a process of itself; the processes have met already."""
+    os.environ.update(
+        RANK=str(dist.get_rank()),
+        LOCAL_RANK=str(dist.get_rank()),
+        WORLD_SIZE=str(dist.get_world_size()),
+        LOCAL_WORLD_SIZE=str(dist.get_world_size()),
+        GROUP_RANK="0",
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT="29500",
+        TORCHELASTIC_RUN_ID="none",
+    )
+
+
+def one_process(optimizer):
+    if optimizer == "polar":
+        cases.share_signs()
+    model = cases.mlp().double()
+    cases.train(partial(cases.OPTIMIZERS[optimizer], process_group=alone()), model, model)
+    return cases.weights(model)
+
+
+def check(model, expected):
+    found, start = cases.weights(model), cases.weights(cases.mlp().double())
+    same_everywhere(found)
+    assert max(float((a - b).abs().max()) for a, b in zip(expected, start, strict=True)) > 0.01
+    assert max(float((a - b).abs().max()) for a, b in zip(expected, found, strict=True)) < 1e-12
+
+
+@pytest.mark.parametrize("optimizer", MEASURING)
+@ranks(timeout=60)
+def test_accelerate(optimizer):
+    as_under_torchrun()
+    from accelerate import Accelerator
+
+    expected, model = one_process(optimizer), cases.mlp().double()
+    accelerator = Accelerator(cpu=True)
+    assert accelerator.num_processes == 2
+    wrapped, opt = accelerator.prepare(model, cases.OPTIMIZERS[optimizer](model.parameters()))
+    for batch in cases.batches():
+        x, y = part(*batch)
+        opt.zero_grad()
+        accelerator.backward(F.cross_entropy(wrapped(x), y))
+        opt.step()
+    check(model, expected)
+
+
+@pytest.mark.parametrize("optimizer", MEASURING)
+@ranks(timeout=60)
+def test_lightning(optimizer):
+    as_under_torchrun()
+    warnings.simplefilter("ignore")  # Lightning's advice
+    import lightning
+
+    class Module(lightning.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.model = cases.mlp().double()
+
+        def training_step(self, batch):
+            x, y = batch
+            return F.cross_entropy(self.model(x), y)
+
+        def configure_optimizers(self):
+            return cases.OPTIMIZERS[optimizer](self.parameters())
+
+    expected, module = one_process(optimizer), Module()
+    trainer = lightning.Trainer(
+        accelerator="cpu", devices=2, strategy="ddp", max_epochs=1, logger=False,
+        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+        use_distributed_sampler=False,
+    )  # fmt: skip
+    assert trainer.world_size == 2
+    parts = [part(*batch) for batch in cases.batches()]
+    trainer.fit(module, DataLoader(parts, batch_size=None))
+    check(module.model, expected)
