@@ -7,7 +7,8 @@ from functools import partial
 import pytest
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch.utils.data import DataLoader
+from torch import nn
+from torch.utils.data import DataLoader, SequentialSampler
 
 from tests.parallel import cases
 from tests.parallel.ranks import alone, part, ranks, same_everywhere
@@ -91,3 +92,39 @@ def test_lightning(optimizer):
     parts = [part(*batch) for batch in cases.batches()]
     trainer.fit(module, DataLoader(parts, batch_size=None))
     check(module.model, expected)
+
+
+@pytest.mark.parametrize("optimizer", MEASURING)
+@ranks(timeout=60)
+def test_trainer(optimizer, tmp_path):
+    as_under_torchrun()
+    warnings.simplefilter("ignore")  # transformers' advice
+    import transformers
+
+    class Classifier(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = cases.mlp().double()
+
+        def forward(self, x, labels):
+            logits = self.model(x)
+            return {"loss": F.cross_entropy(logits, labels), "logits": logits}
+
+    class InOrder(transformers.Trainer):
+        def _get_train_sampler(self, *_):
+            return SequentialSampler(self.train_dataset)
+
+    expected, net = one_process(optimizer), Classifier()
+    # Process r takes every other batch of N / 2: those of the whole batch, one after the other.
+    rows = [{"x": x, "labels": y} for batch in cases.batches() for x, y in zip(*batch, strict=True)]
+    arguments = transformers.TrainingArguments(
+        output_dir=str(tmp_path), use_cpu=True, report_to=[], save_strategy="no", max_grad_norm=0,
+        per_device_train_batch_size=cases.N // 2, num_train_epochs=1, disable_tqdm=True,
+        lr_scheduler_type="constant", ddp_find_unused_parameters=False,
+    )  # fmt: skip
+    opt = cases.OPTIMIZERS[optimizer](net.parameters())
+    trainer = InOrder(net, arguments, train_dataset=rows, optimizers=(opt, None))
+    assert trainer.args.world_size == 2
+    trainer.train()
+    assert opt.steps == cases.STEPS
+    check(net.model, expected)
