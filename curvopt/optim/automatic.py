@@ -158,11 +158,12 @@ class Watch:
         optimizer = self.optimizer()
         if optimizer is None:
             return False
-        ids = {id(p) for p in optimizer._parameters() if p.requires_grad}
         modes = _get_current_function_mode_stack()
+        if any(getattr(mode, "owner", None) is optimizer for mode in modes):
+            return False  # a closure or a block records; asked at every module, so first
+        ids = {id(p) for p in optimizer._parameters() if p.requires_grad}
         return (
-            not any(getattr(mode, "owner", None) is optimizer for mode in modes)
-            and any(id(p) in ids for p in module.parameters())
+            any(id(p) in ids for p in module.parameters())
             and not infra_modes()
             and optimizer._measures()
         )
