@@ -28,6 +28,10 @@ def as_under_torchrun():
         MASTER_PORT="29500",
         TORCHELASTIC_RUN_ID="none",
     )
+    from accelerate.state import AcceleratorState, GradientState
+
+    AcceleratorState._reset_state(reset_partial_state=True)  # of tests in the parent process
+    GradientState._reset_state()
 
 
 def one_process(optimizer):
