@@ -236,7 +236,7 @@ class Trace(TorchDispatchMode):
                 number = numbers.get(storage._cdata)
                 if number is None:
                     number = numbers[storage._cdata] = len(self.nbytes)
-                    self._weak.append(storage._weak_ref())  # type: ignore[arg-type]
+                    self._weak.append(storage._weak_ref())  # type: ignore[arg-type]  # as in `_enter`
                     self.nbytes.append(storage.nbytes())
                 view = (number, made.storage_offset(), made.shape, made.stride(), made.dtype, False)
                 outputs = (_new(Ref, view),)

@@ -199,7 +199,7 @@ class Watch:
             ours = tape.unpark(loss)
             if ours:
                 optimizer._watched(optimizer._wanted(), tape, loss, *args, **kwargs)
-        except Exception as caught:
+        except Exception as caught:  # whatever it is, the step raises it
             if tape.went == 1:  # torch's own
                 raise
             error, ours = caught, True

@@ -227,6 +227,7 @@ def _arguments(cls: type) -> set[str]:
     """Names of the constructor's arguments, with those that ``**`` passes on to its base class."""
     names: set[str] = set()
     for base in cls.__mro__:
+        # mypy fears for subclasses with other arguments: it is they that are asked for.
         signature = inspect.signature(base.__init__).parameters  # type: ignore[misc]
         more = [p.name for p in signature.values() if p.kind is p.VAR_KEYWORD]
         names |= signature.keys() - set(more)

@@ -120,14 +120,14 @@ class Joined(Contract):
                         computation = make()
                     self._begin_pass()
                     self._accumulate(computation, wanted, on)
-                except Exception:
+                except Exception:  # whatever it is, it is raised again
                     alone = not (self._ranks.many and self._wrappers.wrapped)
                     if not (alone or went) and self.goes_backward:
                         with suppress(Exception):
                             on()
                     raise
             return computation
-        except Exception:
+        except Exception:  # as above; the other processes must hear of it
             if self._ranks.many:
                 if self.goes_backward:
                     for p, grad in grads:

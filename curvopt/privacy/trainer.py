@@ -89,5 +89,5 @@ class PrivateTrainerMixin:
             return torch.zeros((), device=self.args.device)
         self.current_gradient_accumulation_steps = 1  # the loss is not to be divided
         with optimizer.record():
-            loss: Tensor = super().training_step(model, inputs)  # type: ignore[misc]
+            loss: Tensor = super().training_step(model, inputs)  # type: ignore[misc]  # a mixin: Trainer has it
         return loss / self.parts
