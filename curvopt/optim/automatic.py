@@ -71,6 +71,7 @@ class Watch:
         tape: what is being recorded, if anything is.
         unseen: parameters, by id, that a backward pass reached without being recorded.
         seeing: a recorded one is under way.
+        ids: of the optimizer's parameters.
     """
 
     def __init__(self, optimizer: Measures):
@@ -80,6 +81,7 @@ class Watch:
         self.nodes: list[Any] = []
         self.unseen: set[int] = set()
         self.seeing = False
+        self.ids: frozenset[int] = frozenset()
 
     # -- armed, or at rest ------------------------------------------------------------------------
 
@@ -91,6 +93,7 @@ class Watch:
             return
         _ARMED.add(self)
         _hook_modules()
+        self.ids = frozenset(map(id, optimizer._parameters()))
         ref = weakref.ref(self)
 
         def arrived(key: int, *_: Any) -> None:
@@ -161,9 +164,9 @@ class Watch:
         modes = _get_current_function_mode_stack()
         if any(getattr(mode, "owner", None) is optimizer for mode in modes):
             return False  # a closure or a block records; asked at every module, so first
-        ids = {id(p) for p in optimizer._parameters() if p.requires_grad}
+        ids = self.ids
         return (
-            any(id(p) in ids for p in module.parameters())
+            any(id(p) in ids and p.requires_grad for p in module.parameters())
             and not infra_modes()
             and optimizer._measures()
         )
