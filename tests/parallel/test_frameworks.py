@@ -27,6 +27,7 @@ def as_under_torchrun():
         MASTER_ADDR="127.0.0.1",
         MASTER_PORT="29500",
         TORCHELASTIC_RUN_ID="none",
+        OMP_NUM_THREADS="1",
     )
     from accelerate.state import AcceleratorState, GradientState
 
