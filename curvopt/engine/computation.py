@@ -108,7 +108,7 @@ class Computation(Reduction):
             left = self._undisturbed()
         with passing(self.uses, self.tape.params) as caught:
             yield
-        with torch.no_grad():
+        with self.tape.trace.paused(), torch.no_grad():
             sent = {use: c.unsqueeze(0) for use, c in caught.items()}
             parts = self._structures([*sent], [*sent.values()])
             for p, rows in zip(slow, slow_rows, strict=True):

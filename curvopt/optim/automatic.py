@@ -72,6 +72,9 @@ class Watch:
         unseen: parameters, by id, that a backward pass reached without being recorded.
         seeing: a recorded one is under way.
         ids: of the optimizer's parameters.
+        kinds: what the hooks on those depend on.
+        foreign: a module that runs and has none of those, as have none of its own modules.
+        within: the modules of it, by id.
     """
 
     def __init__(self, optimizer: Measures):
@@ -82,18 +85,28 @@ class Watch:
         self.unseen: set[int] = set()
         self.seeing = False
         self.ids: frozenset[int] = frozenset()
+        self.kinds: list[Any] = []
+        self.foreign: nn.Module | None = None
+        self.within: frozenset[int] = frozenset()
 
     # -- armed, or at rest ------------------------------------------------------------------------
 
     def arm(self) -> None:
         """Record the coming step."""
-        self.rest()
         optimizer = self.optimizer()
         if optimizer is None:
             return
-        _ARMED.add(self)
+        params = list(optimizer._parameters())
+        kinds = [(id(p), p.requires_grad, p.dtype, p.device) for p in params]
+        if self.handles and kinds == self.kinds:  # armed already: their nodes are the same
+            self.unseen.clear()
+            self.drop()
+            settle()
+            return
+        self.rest()
+        _ARMED.append(weakref.ref(self))
         _hook_modules()
-        self.ids = frozenset(map(id, optimizer._parameters()))
+        self.kinds, self.ids = kinds, frozenset(map(id, params))
         ref = weakref.ref(self)
 
         def arrived(key: int, *_: Any) -> None:
@@ -101,7 +114,7 @@ class Watch:
             if watch is not None and not watch.seeing:
                 watch.unseen.add(key)
 
-        for p in optimizer._parameters():
+        for p in params:
             if p.requires_grad and p.is_leaf and type(p) in (Tensor, nn.Parameter):
                 node: Any = get_gradient_edge(p).node
                 self.nodes.append(node)  # torch itself holds it no longer than a graph
@@ -109,7 +122,7 @@ class Watch:
 
     def rest(self) -> None:
         """Stop recording."""
-        _ARMED.discard(self)
+        _ARMED[:] = [ref for ref in _ARMED if ref() not in (None, self)]
         self.unseen.clear()
         self.nodes.clear()
         while self.handles:
@@ -153,6 +166,8 @@ class Watch:
 
     def after(self, module: nn.Module, args: Any, output: Any) -> None:
         """A module has run."""
+        if module is self.foreign:
+            self.foreign, self.within = None, frozenset()
         tape = self.tape
         if tape is not None and tape.busy and tape.thread == threading.get_ident():
             tape.leave_module(module, args, output)
@@ -164,12 +179,13 @@ class Watch:
         modes = _get_current_function_mode_stack()
         if any(getattr(mode, "owner", None) is optimizer for mode in modes):
             return False  # a closure or a block records; asked at every module, so first
+        if id(module) in self.within:
+            return False
         ids = self.ids
-        return (
-            any(id(p) in ids and p.requires_grad for p in module.parameters())
-            and not infra_modes()
-            and optimizer._measures()
-        )
+        if not any(id(p) in ids and p.requires_grad for p in module.parameters()):
+            self.foreign, self.within = module, frozenset(map(id, module.modules()))
+            return False
+        return not infra_modes() and optimizer._measures()
 
     def _open(self) -> WaitingTape:
         optimizer = self.optimizer()
@@ -229,7 +245,7 @@ class Watch:
 
 # -- hooks on all modules -------------------------------------------------------------------------
 
-_ARMED: weakref.WeakSet[Watch] = weakref.WeakSet()
+_ARMED: list[weakref.ref[Watch]] = []
 _HANDLES: list[Any] = []
 _COMPILED = r"Using `torch.compile\(module\)` when there are global hooks on modules"
 
@@ -251,8 +267,9 @@ def _unhook_modules() -> None:
 def _before(module: nn.Module, args: Any) -> None:
     if torch.compiler.is_compiling():
         return
-    for watch in list(_ARMED):
-        watch.before(module, args)
+    for ref in tuple(_ARMED):
+        if (watch := ref()) is not None:
+            watch.before(module, args)
     if not _ARMED and settle():  # the optimizers are gone
         _unhook_modules()
 
@@ -270,5 +287,6 @@ def _is_training() -> bool:
 def _after(module: nn.Module, args: Any, output: Any) -> None:
     if torch.compiler.is_compiling():
         return
-    for watch in list(_ARMED):
-        watch.after(module, args, output)
+    for ref in tuple(_ARMED):
+        if (watch := ref()) is not None:
+            watch.after(module, args, output)

@@ -278,7 +278,7 @@ class EngineOptimizer(Gradients):
                 penalties=True,
             )
 
-        with torch.no_grad():
+        with torch.no_grad(), tape.trace.paused():
             computation = self._measure(tape, make, wanted, on)
         self._note(recorded=True)
         tape.consume(computation.reached)

@@ -142,8 +142,10 @@ class Gradients(Joined):
         """See that what the step needs was recorded with all of its gradients."""
         if self._failed is not None:
             raise self._failed
-        wanted = self.goes_backward and self._measures()
         unseen = self._watch.unseen if self._watch is not None else set()
+        if self._recorded and not unseen:
+            return
+        wanted = self.goes_backward and self._measures()
         spared = bool(unseen) and wanted and unseen.isdisjoint(self._tape().by_id)
         if self._recorded:
             if wanted and unseen and not spared:

@@ -27,13 +27,15 @@ def squares(m: Tensor, grad: Tensor, inverse: Tensor, weight: float) -> Tensor:
     On a CPU in blocks, which cost less than a whole: large fresh memory is slow, the system clears
     it page by page.
     """
-    rows: list[tuple[Tensor, ...]] = [(m, grad, inverse)]
-    if m.device.type == "cpu" and all(x.is_contiguous() for x in rows[0]):
-        rows = [*zip(*(x.view(-1).split(BLOCK) for x in rows[0]), strict=True)]
-    scratch = torch.empty_like(rows[0][0])
-    found = []
-    for m, grad, inverse in rows:
-        mean = torch.lerp(m, grad, weight, out=scratch[: len(m)] if len(rows) > 1 else scratch)
+    whole = (m, grad, inverse)
+    large = m.numel() > BLOCK and m.device.type == "cpu"
+    if not large or not all(x.is_contiguous() for x in whole):
+        mean = torch.lerp(m, grad, weight)
+        known = square(mean), square(grad)
+        return torch.stack([square(mean.mul_(inverse)), *known])
+    scratch, found = m.new_empty(BLOCK), []
+    for m, grad, inverse in zip(*(x.view(-1).split(BLOCK) for x in whole), strict=True):
+        mean = torch.lerp(m, grad, weight, out=scratch[: len(m)])
         known = square(mean), square(grad)
         found += [square(mean.mul_(inverse)), *known]
     return torch.stack(found).view(-1, 3).sum(0)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import zip_longest
-from operator import itemgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -12,6 +11,8 @@ from torch import Tensor
 
 # Elements of a block: 256 KiB of float32.
 BLOCK = 1 << 16
+# Elements of a parameter whose calls cost more than its arithmetic.
+SMALL = 1 << 12
 
 
 class Row(NamedTuple):
@@ -51,20 +52,28 @@ class Plan:
         self.momentum, self.debiased = group["momentum"], group["debiased"]
         self.rate = lr if group["maximize"] else -lr
         self.shrink = 1 - lr * group["weight_decay"]
-        self.floor, together = floor(rows[0].s.dtype), group["foreach"]
-        if together is None:
-            together = rows[0].p.device.type != "cpu"
-        self.together = together and rows[0].p.dtype == rows[0].b.dtype
+        self.floor = floor(rows[0].s.dtype)
+        self.together: list[Row] = []
+        apart: list[Row] = []
+        for row in rows:
+            (self.together if self._is_joined(row, group["foreach"]) else apart).append(row)
         if self.together:
-            self.steps = self._steps(*(list(part) for part in zip(*rows, strict=True)))
-            return
-        self.blocks = [block for row in rows for block in _blocks(*row[:5])]
+            self.steps = self._steps(*(list(part) for part in zip(*self.together, strict=True)))
+        self.blocks = [block for row in apart for block in _blocks(*row[:5])]
+        sizes: dict[torch.device, int] = {}
+        for _, _, b, _, _ in self.blocks:
+            sizes[b.device] = max(b.numel(), sizes.get(b.device, 0))
         self.scratch = {
             device: torch.empty(2, size, dtype=rows[0].b.dtype, device=device)
-            for device, size in sorted(
-                ((b.device, b.numel()) for _, _, b, _, _ in self.blocks), key=itemgetter(1)
-            )
+            for device, size in sizes.items()
         }
+
+    @staticmethod
+    def _is_joined(row: Row, foreach: bool | None) -> bool:
+        """Whether a parameter moves together with others: the small ones, by default on a CPU."""
+        if foreach is None:
+            foreach = row.p.device.type != "cpu" or row.p.numel() <= SMALL
+        return foreach and row.p.dtype == row.b.dtype
 
     def _move(self, p: Tensor, grad: Tensor, b: Tensor, s: Tensor, scatter: Tensor | None) -> None:
         """Move one parameter, or a block of it."""
@@ -115,12 +124,12 @@ class Plan:
         """Change parameters and states, in place and without memory: nothing that could fail."""
         for row in self.rows:
             states[row.key].update(row.state)
+        for block in self.blocks:
+            self._move(*block)
         if not self.together:
-            for block in self.blocks:
-                self._move(*block)
             return
         params, grads, buffers, spreads, scatters, *_ = (
-            list(part) for part in zip(*self.rows, strict=True)
+            list(part) for part in zip(*self.together, strict=True)
         )
         if scatters[0] is not None:
             torch._foreach_mul_(spreads, 1 - self.share)

@@ -18,16 +18,20 @@ from curvopt.errors import CurvoptError
 from curvopt.parallel.reduce import fingerprint
 from curvopt.recording.tape import Tape
 
+_PLAIN = (Tensor, nn.Parameter)
+
 
 def is_sharded(tensor: Tensor) -> bool:
     """Whether a tensor is a `DTensor`."""
+    if type(tensor) in _PLAIN:  # asked at every turn
+        return False
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(tensor, module.DTensor)
 
 
 def local(tensor: Any) -> Any:
     """This process's part of a tensor, in the same memory; a tensor that is whole is its own."""
-    if isinstance(tensor, Tensor) and is_sharded(tensor):
+    if type(tensor) not in _PLAIN and isinstance(tensor, Tensor) and is_sharded(tensor):
         shard: Any = tensor
         return shard._local_tensor
     return tensor
@@ -35,6 +39,8 @@ def local(tensor: Any) -> Any:
 
 def stamps(tensors: Sequence[Tensor]) -> list[int]:
     """Numbers that change with the tensors: versions; of shards, which count none, sums of bits."""
+    if not any(map(is_sharded, tensors)):
+        return [t._version for t in tensors]
     divided = fingerprint(local(t) if is_sharded(t) else None for t in tensors)
     return [t._version if bits is None else bits for t, bits in zip(tensors, divided, strict=True)]
 
