@@ -73,6 +73,7 @@ class Watch:
         seeing: a recorded one is under way.
         ids: of the optimizer's parameters.
         kinds: what the hooks on those depend on.
+        asleep: a closure runs, which records.
         foreign: a module that runs and has none of those, as have none of its own modules.
         within: the modules of it, by id.
     """
@@ -86,6 +87,7 @@ class Watch:
         self.seeing = False
         self.ids: frozenset[int] = frozenset()
         self.kinds: list[Any] = []
+        self.asleep = False
         self.foreign: nn.Module | None = None
         self.within: frozenset[int] = frozenset()
 
@@ -268,7 +270,7 @@ def _before(module: nn.Module, args: Any) -> None:
     if torch.compiler.is_compiling():
         return
     for ref in tuple(_ARMED):
-        if (watch := ref()) is not None:
+        if (watch := ref()) is not None and not watch.asleep:
             watch.before(module, args)
     if not _ARMED and settle():  # the optimizers are gone
         _unhook_modules()
@@ -288,5 +290,5 @@ def _after(module: nn.Module, args: Any, output: Any) -> None:
     if torch.compiler.is_compiling():
         return
     for ref in tuple(_ARMED):
-        if (watch := ref()) is not None:
+        if (watch := ref()) is not None and not watch.asleep:
             watch.after(module, args, output)

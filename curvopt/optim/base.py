@@ -5,8 +5,8 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from functools import partial
-from typing import Any, ClassVar
+from functools import cache, partial
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Generator, Tensor
@@ -133,10 +133,9 @@ class EngineOptimizer(Gradients):
                 unrecorded, ...; parameters, gradients and state are as before. (Private optimizers
                 let go of the gradients, which are those of the step before.)
         """
-        dynamo = sys.modules.get("torch._dynamo")
-        if dynamo is None:
+        if "torch._dynamo" not in sys.modules:
             return self._step(closure)
-        return dynamo.disable(self._step)(closure)  # in a compiled function: as it was written
+        return _as_written(type(self)._step)(self, closure)  # in a compiled function, too
 
     @torch.no_grad()
     def _step(self, closure: Closure | None) -> Any:
@@ -183,7 +182,7 @@ class EngineOptimizer(Gradients):
     def _run(self, closure: Closure) -> Any:
         """Run the closure, and the backward pass too where it does not."""
         pending, self._recorded = self._recorded, False
-        with torch.enable_grad(), self.record() as tape:
+        with torch.enable_grad(), self._asleep(), self.record() as tape:
             loss = closure()
         if self._recorded:
             return loss
@@ -328,6 +327,12 @@ class EngineOptimizer(Gradients):
     def _rescale(self, inverse: float) -> None:
         """Take a factor out of the loss that `collected` is of."""
         raise CurvoptError(SCALED)
+
+
+@cache
+def _as_written(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function that Dynamo leaves alone."""
+    return cast(Callable[..., Any], sys.modules["torch._dynamo"].disable(function))
 
 
 def wrapped_by(optimizer: EngineOptimizer) -> EngineOptimizer | None:

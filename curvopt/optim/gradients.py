@@ -70,6 +70,18 @@ class Gradients(Joined):
         finally:
             self._watch.seeing = False
 
+    @contextmanager
+    def _asleep(self) -> Iterator[None]:
+        """A closure runs, which records."""
+        if self._watch is None:
+            yield
+            return
+        self._watch.asleep = True
+        try:
+            yield
+        finally:
+            self._watch.asleep = False
+
     def _spares(self, tape: Tape, loss: Any) -> bool:
         """Whether a loss reaches parameters of ours, but none of those that are recorded."""
         if not isinstance(loss, Tensor) or loss.grad_fn is None:

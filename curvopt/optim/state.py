@@ -24,6 +24,8 @@ def held(state: dict[str, Any], key: str, p: Tensor, name: Callable[[Tensor], st
         CurvoptError: it is missing, or does not have the parameter's shape.
     """
     value = state.get(key)
+    if type(value) is Tensor and value.shape == p.shape and not is_sharded(p):  # as a rule
+        return value
     if isinstance(value, Tensor) and is_sharded(value) != is_sharded(p):
         raise CurvoptError(
             f"{key!r} in the state of {name(p)} is {'a shard' if is_sharded(value) else 'whole'}, "

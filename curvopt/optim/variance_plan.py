@@ -58,7 +58,7 @@ class Plan:
         for row in rows:
             (self.together if self._is_joined(row, group["foreach"]) else apart).append(row)
         if self.together:
-            self.steps = self._steps(*(list(part) for part in zip(*self.together, strict=True)))
+            self.made = self._become(*(list(part) for part in zip(*self.together, strict=True)))
         self.blocks = [block for row in apart for block in _blocks(*row[:5])]
         sizes: dict[torch.device, int] = {}
         for _, _, b, _, _ in self.blocks:
@@ -99,26 +99,24 @@ class Plan:
     def _spread(self, s: Tensor, scatter: Tensor) -> Tensor:
         return s.mul_(1 - self.share).add_(scatter, alpha=self.new).clamp_(min=self.floor)
 
-    def _steps(
+    def _become(
         self, _: Any, grads: Any, buffers: Any, spreads: Any, scatters: Any, *__: Any
     ) -> Any:
-        """The steps of many parameters by each call, before their rate."""
+        """What many parameters become by each call: S, b, and the two factors of their steps."""
         if scatters[0] is not None:
             spreads = torch._foreach_mul(spreads, 1 - self.share)
             torch._foreach_add_(spreads, scatters, alpha=self.new)
             torch._foreach_clamp_min_(spreads, self.floor)
-        buffers = torch._foreach_mul(buffers, self.momentum)
-        torch._foreach_add_(buffers, grads)
-        top = bottom = torch._foreach_mul(buffers, buffers)
+        buffers = torch._foreach_add(grads, buffers, alpha=self.momentum)
+        squares = top = torch._foreach_mul(buffers, buffers)
         if self.debiased:
-            top = torch._foreach_add(bottom, spreads, alpha=-self.spread)
+            top = torch._foreach_add(squares, spreads, alpha=-self.spread)
             torch._foreach_clamp_min_(top, 0)
-            torch._foreach_clamp_min_(bottom, self.floor)
+            torch._foreach_clamp_min_(squares, self.floor)
+            bottom = squares
         else:
-            bottom = torch._foreach_add(top, spreads, alpha=self.spread)
-        torch._foreach_div_(buffers, bottom)
-        torch._foreach_mul_(buffers, top)
-        return buffers
+            bottom = torch._foreach_add(squares, spreads, alpha=self.spread)
+        return spreads, buffers, top, torch._foreach_div(buffers, bottom)
 
     def carry_out(self, states: Any) -> None:
         """Change parameters and states, in place and without memory: nothing that could fail."""
@@ -128,18 +126,16 @@ class Plan:
             self._move(*block)
         if not self.together:
             return
-        params, grads, buffers, spreads, scatters, *_ = (
+        params, _, buffers, spreads, scatters, *_ = (
             list(part) for part in zip(*self.together, strict=True)
         )
+        made = self.made
         if scatters[0] is not None:
-            torch._foreach_mul_(spreads, 1 - self.share)
-            torch._foreach_add_(spreads, scatters, alpha=self.new)
-            torch._foreach_clamp_min_(spreads, self.floor)
-        torch._foreach_mul_(buffers, self.momentum)
-        torch._foreach_add_(buffers, grads)
+            torch._foreach_copy_(spreads, made[0])
+        torch._foreach_copy_(buffers, made[1])
         if self.shrink != 1:
             torch._foreach_mul_(params, self.shrink)
-        torch._foreach_add_(params, self.steps, alpha=self.rate)
+        torch._foreach_addcmul_(params, made[2], made[3], value=self.rate)
 
 
 def _blocks(*row: Tensor | None) -> Iterator[Any]:
