@@ -282,7 +282,7 @@ class VarianceAdaptiveSGD(EngineOptimizer):
             seen["along"] = n / (n - 1) * (batch.products - gradient**2 / n)
             seen["across"] = n / (n - 1) * (energy - batch.products / gradient)
         now, none = torch.stack([*seen.values()]), torch.zeros_like(gradient)
-        before = torch.stack([self.averages.get(name, none) for name in seen])
+        before = torch.stack([self.averages.get(name, none) for name in seen]).to(now)
         averages = before.lerp(now, 1 - self.noise_decay).unbind()
         return {**self.averages, **dict(zip(seen, averages, strict=True))}
 

@@ -416,3 +416,18 @@ def test_trainer_resumes(transformers, tmp_path, make):
     resumed = run(tmp_path / "half", 4, resume=True)
     for p, q in zip(resumed.parameters(), whole.parameters(), strict=True):
         torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-5)
+
+
+def test_the_trace_holds_the_forward_pass_alone():
+    """What an optimizer computes after it costs no note of each op."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2))
+    x, y = torch.randn(5, 4), torch.tensor([0, 1, 1, 0, 1])
+    for kind in (curvopt.DiagGGNOptimizer, curvopt.VarianceAdaptiveSGD, curvopt.PolarOptimizer):
+        opt = kind(net.parameters())
+        opt.zero_grad()
+        with opt.record() as tape:
+            loss = nn.functional.cross_entropy(net(x), y)
+            seen = len(tape.trace.ops)
+            loss.backward()
+        assert 0 < seen == len(tape.trace.ops)

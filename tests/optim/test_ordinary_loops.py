@@ -1176,3 +1176,56 @@ def test_peft(make, base):
         torch.manual_seed(k)
         other.step(lambda x=x, y=y: ce(twin(x), y))
     assert_same(net, params_of(twin))
+
+
+def test_another_model_is_asked_once_a_pass(monkeypatch):
+    """Not at each of its modules, whether it has parameters of the optimizer."""
+    asked = []
+    parameters = nn.Module.parameters
+    monkeypatch.setattr(
+        nn.Module, "parameters", lambda self, *a: asked.append(self) or parameters(self, *a)
+    )
+    net, other = network(), network(1)
+    opt = curvopt.DiagGGNOptimizer(parameters(net))
+    for _ in range(2):
+        other(batch()[0])
+    assert asked == [other, other]
+    del opt
+
+
+@every
+def test_a_model_of_ours_inside_of_a_foreign_module(make):
+    """The outer module has none of its parameters, and calls it all the same."""
+
+    class Outer(nn.Module):
+        def __init__(self, net):
+            super().__init__()
+            self.nets, self.head = [net], nn.Tanh()
+
+        def forward(self, x):
+            return self.head(self.nets[0](x))
+
+    def body(net, opt, x, y):
+        opt.zero_grad()
+        ce(Outer(net)(x), y).backward()
+
+    assert_same(plain(make, body), by_closure(make, lambda net, x, y: ce(torch.tanh(net(x)), y)))
+
+
+def test_a_parameter_whose_type_changes_is_watched_still():
+    """A pass that nobody sees is noticed on the new type too, whose graph has another node."""
+    net = network()
+    opt = curvopt.VarianceAdaptiveSGD(net.parameters(), variance_every=1)
+    for kind in (torch.float64, torch.float32):
+        net.to(kind)
+        opt.state.clear()
+        x, y = batch()
+        x = x.to(kind)
+        for _ in range(2):
+            zero_first(net, opt, x, y)
+            opt.step()
+        zero_first(net, opt, x, y)
+        torch.autograd.backward(ce(net(x), y))
+        with pytest.raises(curvopt.CurvoptError, match="a backward pass that was not recorded"):
+            opt.step()
+        opt.zero_grad()
