@@ -73,7 +73,7 @@ class Watch:
         seeing: a recorded one is under way.
         ids: of the optimizer's parameters.
         kinds: what the hooks on those depend on.
-        asleep: a closure runs, which records.
+        asleep: a block or a closure records.
         foreign: a module that runs and has none of those, as have none of its own modules.
         within: the modules of it, by id.
     """
@@ -98,6 +98,7 @@ class Watch:
         optimizer = self.optimizer()
         if optimizer is None:
             return
+        self.foreign, self.within = None, frozenset()
         params = list(optimizer._parameters())
         kinds = [(id(p), p.requires_grad, p.dtype, p.device) for p in params]
         if self.handles and kinds == self.kinds:  # armed already: their nodes are the same

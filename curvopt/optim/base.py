@@ -182,7 +182,7 @@ class EngineOptimizer(Gradients):
     def _run(self, closure: Closure) -> Any:
         """Run the closure, and the backward pass too where it does not."""
         pending, self._recorded = self._recorded, False
-        with torch.enable_grad(), self._asleep(), self.record() as tape:
+        with torch.enable_grad(), self.record() as tape:
             loss = closure()
         if self._recorded:
             return loss
@@ -224,7 +224,7 @@ class EngineOptimizer(Gradients):
 
         tape = self._tape()
         tape.on_backward, tape.on_module = partial(self._watched, wanted), self._wrappers.meet
-        tape.owner = self
+        tape.owner, tape.around = self, self._asleep
         return tape
 
     def _waiting_tape(self, on_backward: Callable[..., Any]) -> WaitingTape:

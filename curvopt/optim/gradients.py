@@ -72,7 +72,7 @@ class Gradients(Joined):
 
     @contextmanager
     def _asleep(self) -> Iterator[None]:
-        """A closure runs, which records."""
+        """A block or a closure records."""
         if self._watch is None:
             yield
             return

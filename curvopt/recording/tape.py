@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -53,6 +53,7 @@ class Tape(Modules, Losses, TorchFunctionMode):
         trace: the ops of the pass.
         owner: the optimizer whose step is recorded, if it is one.
         went: whether torch's own backward pass has begun (1) or is over (2), in `on_backward`.
+        around: makes a context manager, entered while recording.
         on_module: called with each module before its forward pass, and the tape.
         serial: columns go back one by one: code on the way is not to be vectorized.
         views: how many rows of the data are views of one sample, and in which order.
@@ -60,6 +61,7 @@ class Tape(Modules, Losses, TorchFunctionMode):
 
     views: tuple[int, ViewOrder] = 1, "sample"
     owner: Any = None
+    around: Callable[[], AbstractContextManager[Any]] | None = None
     went = 0
 
     def __init__(
@@ -292,6 +294,8 @@ class Tape(Modules, Losses, TorchFunctionMode):
             self.entered = ExitStack()
             self.entered.enter_context(self.watching_modules())
             self.entered.enter_context(_uncompiled())
+            if self.around is not None:
+                self.entered.enter_context(self.around())
             self.trace.__enter__()
         self.depth += 1
         super().__enter__()
