@@ -11,13 +11,13 @@ from curvopt.axes.choices import Choices
 from curvopt.axes.lattice import DTYPE, MIXED, NONE
 from curvopt.axes.linking import Linked
 from curvopt.axes.ops import Ref
+from curvopt.axes.pairs import check_pairs
 from curvopt.axes.readings import Claims, Entry, Outcome, Reading, Readings, Seeds, dims_of
 from curvopt.axes.refusals import (
     ambiguous,
     no_data,
     not_recorded,
     not_separate,
-    paired_otherwise,
 )
 from curvopt.axes.rows import frontier
 from curvopt.axes.samples import Samples
@@ -59,23 +59,6 @@ def infer(
 
 def _many(linked: Linked) -> bool:
     return all(reading.size > 1 for reading in linked.chosen)
-
-
-def _check_pairs(linked: Linked, vectors: list[Tensor], picking: Set[int]) -> None:
-    """Row i of one tensor must not be used with row j of another of the same samples.
-
-    Args:
-        linked: the readings.
-        vectors: owners along their dims.
-        picking: storages of indices by which data is picked, whose order is their own.
-    """
-    pairs = zip(linked.chosen, vectors, strict=True)
-    judged = [(r, owners) for r, owners in pairs if r.entry.storage not in picking]
-    for index, (reading, owners) in enumerate(judged):
-        for other, theirs in judged[:index]:
-            same = owners.shape == theirs.shape and not torch.equal(owners, theirs)
-            if same and torch.equal(owners.sort().values, theirs.sort().values):
-                raise paired_otherwise(other, reading)
 
 
 class _Search(Choices):
@@ -253,7 +236,7 @@ class _Search(Choices):
         seeds: Seeds = {}
         claims: Claims = {}
         vectors = self._with_unused(linked)
-        _check_pairs(linked, vectors, picking(self.trace, self.readings.silent))
+        check_pairs(linked, vectors, picking(self.trace, self.readings.silent))
         for reading, owners in zip(linked.chosen, vectors, strict=True):
             more = reading.entry.seed(self.trace, reading.dim, owners)
             seeds.update(more[0])

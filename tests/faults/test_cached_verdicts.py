@@ -749,6 +749,16 @@ UNSEEN.add(
     "elements-by-the-labels-of-others", by_labels,
     lambda lp, y: lp.masked_select(F.one_hot(y.flip(0), C) == 1),
 )  # fmt: skip
+UNSEEN.add("rows-by-the-labels-of-others", by_labels, lambda lp, y: lp[y.flip(0) > 0, 0])
+UNSEEN.add(
+    "rows-found-by-the-labels-of-others", by_labels,
+    lambda lp, y: lp[(y.roll(1) > 0).nonzero()[:, 0]].sum(1),
+)  # fmt: skip
+UNSEEN.add(
+    "rows-chosen-by-the-labels-of-others", by_labels,
+    lambda lp, y: lp[:, 0].index_select(0, (y.flip(0) == 1).nonzero()[:, 0]),
+)  # fmt: skip
+UNSEEN.add("labels-one-row-late", by_labels, lambda lp, y: lp[:-1][y[1:] > 0, 0])
 UNSEEN.add("loss-by-itself", of_the_losses, lambda rows: rows.mean() / rows.mean().detach())
 UNSEEN.add("hardest-losses", of_the_losses, lambda rows: rows.topk(4).values.mean())
 UNSEEN.add("largest-loss", of_the_losses, lambda rows: rows.max())
