@@ -756,7 +756,7 @@ UNSEEN.add(
 )  # fmt: skip
 UNSEEN.add(
     "rows-chosen-by-the-labels-of-others", by_labels,
-    lambda lp, y: lp[:, 0].index_select(0, (y.flip(0) == 1).nonzero()[:, 0]),
+    lambda lp, y: lp[:, 0].index_select(0, (y.flip(0) == 2).nonzero()[:, 0]),
 )  # fmt: skip
 UNSEEN.add("labels-one-row-late", by_labels, lambda lp, y: lp[:-1][y[1:] > 0, 0])
 UNSEEN.add("loss-by-itself", of_the_losses, lambda rows: rows.mean() / rows.mean().detach())
