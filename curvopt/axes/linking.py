@@ -115,10 +115,12 @@ def link(
     length = readings[0].outcome.links.numel()
     linked = Linked(torch.full((length,), NONE, dtype=DTYPE))
     largest = max(r.values.numel() for r in readings)
+    sizes = {largest, *(r.size for r in readings if not r.outcome.replay.picks)}
     fresh, groups = 0, [0]
     for reading in ordered:
-        # A tensor as long as there are samples may be data of the batch, picked across it.
-        if reading.size != largest and drawn(reading):
+        # A tensor as long as there are samples, with those that a mask left out, may be data of the
+        # batch, picked across it.
+        if reading.size not in sizes and drawn(reading):
             linked.drawn.append(reading)
             continue
         links, ids = reading.outcome.links, linked.ids

@@ -691,10 +691,10 @@ def two_towers():
     return made([users, items], loss, data, coupled=True)
 
 
-def by_labels(pick):
+def by_labels(pick, reduce=torch.mean):
     net = network()
     return made(
-        net.parameters(), lambda x, y: -pick((20 * net(x)).log_softmax(1), y).mean(),
+        net.parameters(), lambda x, y: -reduce(pick((20 * net(x)).log_softmax(1), y)),
         batch(outlier=50), coupled=True,
     )  # fmt: skip
 
@@ -756,7 +756,7 @@ UNSEEN.add(
 )  # fmt: skip
 UNSEEN.add(
     "rows-chosen-by-the-labels-of-others", by_labels,
-    lambda lp, y: lp[:, 0].index_select(0, (y.flip(0) == 2).nonzero()[:, 0]),
+    lambda lp, y: lp[:, 0].index_select(0, (y.flip(0) == 2).nonzero()[:, 0]), torch.sum,
 )  # fmt: skip
 UNSEEN.add("labels-one-row-late", by_labels, lambda lp, y: lp[:-1][y[1:] > 0, 0])
 UNSEEN.add("loss-by-itself", of_the_losses, lambda rows: rows.mean() / rows.mean().detach())
