@@ -307,11 +307,12 @@ class _Search(Choices):
         """Graphs: an integer vector from outside says which sample a row of a tensor belongs to."""
         ids = linked.ids[: self._rows_owned().numel()]
         for entry in self.reaching:
-            if entry in self.good or entry.storage is None or not entry.floating:
+            if entry in self.good or entry.storage is None:
                 continue
             for owners in index_vectors(self.trace, entry.ref):
                 rows = self.readings.outcome({entry.storage: owners}, {}).rows
-                if not bool((rows == MIXED).any()) and bool((rows == ids)[ids >= 0].all()):
+                fits = (rows == ids) | (rows == NONE)  # empty graphs and bags
+                if not bool((rows == MIXED).any()) and bool(fits[ids >= 0].all()):
                     seeds[entry.storage] = owners
                     self.notes.append(f"{list(entry.ref.shape)} is owned by an index vector")
                     break

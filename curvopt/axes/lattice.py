@@ -40,6 +40,11 @@ def constant(ndim: int, owner: int = NONE) -> Tensor:
     return torch.full((1,) * ndim, owner, dtype=DTYPE)
 
 
+def bags_of(starts: Tensor, size: int) -> Tensor:
+    """The bag of each of `size` rows, given where the bags start."""
+    return torch.searchsorted(starts, torch.arange(size, dtype=starts.dtype), right=True) - 1
+
+
 def mixed(ndim: int) -> State:
     """Every element depends on several samples, as far as is known."""
     return State(constant(ndim, MIXED))

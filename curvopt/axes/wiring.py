@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from curvopt.axes.lattice import bags_of
 from curvopt.axes.ops import Op, Ref, refs_in
 from curvopt.axes.trace import Trace
 
@@ -190,10 +191,17 @@ def pickings(trace: Trace, storage: int) -> Iterator[Ref]:
 def index_vectors(trace: Trace, ref: Ref) -> Iterator[Tensor]:
     """Integer vectors that say to which sample each row of a tensor may belong.
 
-    They are those by which rows are added up, as nodes are to graphs.
+    They are those by which rows are added up, as nodes are to graphs; or the bags of an
+    embedding_bag, for what is looked up.
     """
     for k, values in trace.values.items():
-        if trace.ops[k].name not in ("index_add", "scatter_add", "scatter_reduce"):
+        op = trace.ops[k]
+        if op.name.startswith("_embedding_bag") and ref.storage == op.inputs[1].storage:
+            starts = values[2]
+            assert starts is not None
+            yield bags_of(starts.cpu(), ref.shape[0]).to(torch.int32)
+        adds = op.name in ("index_add", "scatter_add", "scatter_reduce")
+        if not adds or not ref.dtype.is_floating_point:
             continue
         for value in values:
             if value is None or value.dtype == torch.bool or not value.ndim or not value.numel():

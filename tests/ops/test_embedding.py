@@ -184,3 +184,52 @@ def test_offsets_that_follow_from_the_data_are_refused():
     problem = build(lambda: Ragged(of_data=True), (6,), LOSSES["mse"])
     with pytest.raises(curvopt.CurvoptError, match="not separate.*cumsum"):
         curvopt.compute(problem.loss, problem.params, curvopt.BatchGrad())
+
+
+COLLATED = {
+    "empty": ([0, 3, 3, 8, 14], 15),
+    "one-each": ([0, 1, 2, 3, 4], 5),
+    "as-many-as-bags": ([0, 0, 1, 2, 4], 5),
+    "equal": ([0, 4, 8, 12, 16], 20),
+}
+
+
+@pytest.mark.parametrize("last", [False, True], ids=["starts", "last"])
+@pytest.mark.parametrize(("offsets", "size"), COLLATED.values(), ids=COLLATED)
+def test_bags_as_a_loader_collates_them(offsets, size, last):
+    """Texts of a batch in one vector, and where each begins: a bag is a sample's."""
+    torch.manual_seed(0)
+    bag = nn.EmbeddingBag(10, 4, include_last_offset=last).double()
+    head = nn.Linear(4, 3).double()
+    net = nn.ModuleList([bag, head])
+    words, y = torch.randint(10, (size,)), torch.tensor([0, 1, 2, 0, 1])
+    starts = torch.tensor(offsets + [size] * last)
+    with curvopt.record(net.parameters()) as tape:
+        loss = F.cross_entropy(head(bag(words, starts)), y)
+    found = tape.compute(loss, curvopt.BatchGrad()).batch_grad
+    for n, (start, end) in enumerate(zip(offsets, [*offsets[1:], size], strict=True)):
+        one = F.embedding_bag(words[start:end], bag.weight, torch.tensor([0]))
+        grads = torch.autograd.grad(F.cross_entropy(head(one), y[n : n + 1]), net.parameters())
+        for p, grad in zip(net.parameters(), grads, strict=True):
+            torch.testing.assert_close(found[p][n], grad)
+
+
+def test_a_private_step_with_bags_is_bounded():
+    """Each text is clipped, however many words it has."""
+    torch.manual_seed(0)
+    bag, head = nn.EmbeddingBag(10, 4), nn.Linear(4, 3)
+    net = nn.ModuleList([bag, head])
+    opt = curvopt.DPSGD(
+        net.parameters(), lr=1.0, noise_multiplier=0.0, max_grad_norm=0.1, expected_batch_size=5
+    )
+    words, starts = torch.randint(10, (15,)), torch.tensor([0, 3, 3, 8, 14])
+    y = torch.tensor([0, 1, 2, 0, 1])
+    sums = torch.zeros(sum(p.numel() for p in net.parameters()))
+    for n, (start, end) in enumerate(zip(starts, [*starts[1:], torch.tensor(15)], strict=True)):
+        one = F.embedding_bag(words[start:end], bag.weight, torch.tensor([0]))
+        grads = torch.autograd.grad(F.cross_entropy(head(one), y[n : n + 1]), net.parameters())
+        flat = torch.cat([grad.flatten() for grad in grads])
+        sums += flat * min(1.0, 0.1 / float(flat.norm()))
+    opt.step(lambda: F.cross_entropy(head(bag(words, starts)), y))
+    given = torch.cat([p.grad.flatten() for p in net.parameters()])
+    torch.testing.assert_close(given, sums / 5)

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from curvopt.axes.lattice import (
-    DTYPE,
     MIXED,
     NONE,
     State,
     align,
+    bags_of,
     constant,
     join,
     join_all,
@@ -194,12 +194,12 @@ def embedding_bag(call: Call) -> Result:
     """Rows of a table, added up bag by bag."""
     table, i, offsets = call.op.args[:3]
     weights = call.arg("per_sample_weights")
-    if call.state(table) is not None or call.state(offsets) is not None:
+    if call.state(table) is not None:
         raise Refuse
     bags, size = offsets.shape[0] - bool(call.arg("include_last_offset")), i.shape[0]
-    starts = call.values(offsets)
-    bag = torch.searchsorted(starts, torch.arange(size, dtype=starts.dtype), right=True) - 1
+    bag = bags_of(call.values(offsets), size)
     index = join(call.full(i, 1), call.full(weights, 1)).expand(size).clone()
-    nobody = torch.full((bags,), NONE, dtype=DTYPE)
-    owners = scattered(nobody, 0, bag.clamp(max=bags - 1), index)
+    # A bag is the sample's whose offset it begins at; where the next one begins is no data of it.
+    begun = call.full(offsets, 1).expand(offsets.shape)[:bags].clone()
+    owners = scattered(begun, 0, bag.clamp(max=bags - 1), index)
     return [State(squash(owners.reshape(-1, 1))), *(mixed(r.ndim) for r in call.outputs[1:])]
