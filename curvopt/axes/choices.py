@@ -66,7 +66,7 @@ class Choices:
         weights = {s for s in self.readings.silent if s in trace.outside}
         seeds, claims = reading.entry.seed(trace, reading.dim)
         only = self.readings.only
-        replay = Replay(trace, seeds, claims=claims, loose=weights, only=only).run()
+        replay = Replay(trace, seeds, claims=claims, loose=weights, spread=False, only=only).run()
         return bool(replay.outsiders)
 
     def _rows_owned(self) -> Tensor:

@@ -73,6 +73,7 @@ class Replay:
         marks: (k, ref) pairs whose states just before op k are kept, in `marked`.
         loose: storages from outside without owners that are no parameter and no buffer: where one
             meets the samples along their axis, `outsiders` tells.
+        spread: count as loose what they are spread over by others, as rows of a product with ones.
         only: numbers of the ops to replay; all others are skipped.
         fill: elements without owner that are put beside others take the owner of their slice.
         opaque: count what an index picks among samples as mixed.
@@ -103,11 +104,12 @@ class Replay:
         claims: Mapping[Mark, Tensor] | None = None,
         marks: Iterable[Mark] = (),
         loose: Set[int] = frozenset(),
+        spread: bool = True,
         only: Set[int] | None = None,
         fill: bool = False,
         opaque: bool = False,
     ):
-        self.trace, self.loose, self.only = trace, set(loose), only
+        self.trace, self.loose, self.spread, self.only = trace, set(loose), spread, only
         self.fill, self.opaque = fill, opaque
         self.marked: dict[Mark, State | None] = {}
         self.rows: dict[int, Tensor] = {}
@@ -173,7 +175,7 @@ class Replay:
         rule = rule_for(step.facts, RULES)
         results: list[State | None]
         if all(state is None for state in states):
-            if self.loose and rule is not made and any(r.storage in self.loose for r in inputs):
+            if self.loose and rule is not made and self._is_loose(step):
                 self.loose |= {ref.storage for ref in (*step.outputs, *step.written)}
             results = [None] * len(step.outputs)
         else:
@@ -189,6 +191,14 @@ class Replay:
         for ref in step.written:  # and not returned
             if (ref.storage, _window(ref)) in written and any(s is not None for s in states):
                 self.put(ref, mixed(ref.ndim), write=True)
+
+    def _is_loose(self, step: Step) -> bool:
+        """Whether what is made of loose tensors is loose."""
+        sizes = [ref.numel for ref in step.inputs if ref.storage in self.loose]
+        if not sizes or self.spread:
+            return bool(sizes)
+        alone = all(ref.storage in self.loose or ref.numel == 1 for ref in step.inputs)
+        return alone or all(ref.numel <= max(sizes) for ref in step.outputs)
 
     def _apply(
         self, step: Step, rule: Rule | None, states: list[State | None]

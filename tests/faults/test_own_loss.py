@@ -532,6 +532,11 @@ def terms(weigh, *sizes, scale=1.0, heads=None):
     params = [*trunk.parameters(), *[p for out in outs for p in out.parameters()]]
 
     def term(k, x, y):
+        if weigh[k][1] == "residual":  # of a differential equation
+            x = x.detach().clone().requires_grad_()
+            u = outs[k if heads else 0](trunk(x).tanh())
+            (slope,) = torch.autograd.grad(u.sum(), x, create_graph=True)
+            return weigh[k][0] * (slope.sum(1, keepdim=True) + u).square().sum(1).mean()
         z = outs[k if heads else 0](trunk(x).tanh())
         return weigh[k][0] * (ce(z, y) if weigh[k][1] == "ce" else z.square().sum(1).mean())
 
@@ -574,6 +579,8 @@ TERMS.add("heads-8-and-4", terms, [(1, "ce"), (1, "ce")], 8, 4, heads=[0, 1])
 TERMS.add("heads-8-and-5", terms, [(1, "ce"), (0.5, "ce")], 8, 5, heads=[0, 1])
 TERMS.add("labeled-and-unlabeled", terms, [(1, "ce"), (0.3, "square")], 8, 16)
 TERMS.add("boundary-and-interior", terms, [(10, "square"), (1, "square")], 4, 8)
+TERMS.add("equation-and-boundary", terms, [(1, "residual"), (10, "square")], 8, 3)
+TERMS.add("boundary-and-equation", terms, [(1, "square"), (1, "residual")], 4, 7)
 TERMS.add("three-terms", terms, [(1, "ce"), (2, "ce"), (0.1, "square")], 4, 8, 3)
 
 
@@ -603,6 +610,15 @@ def test_terms_with_samples_of_their_own(situation):
     assert result.batch_grad[p].shape == found[0][p].shape, "the number of samples"
     error = [(rows[p] - result.batch_grad[p]).norm() for rows in found]
     assert_close(result.batch_grad, found[error.index(min(error))])
+
+
+@pytest.mark.parametrize("sizes", [(8, 3), (4, 7), (5, 5)])
+def test_an_equation_and_its_boundary_are_no_penalty(sizes):
+    """Where a slope is ones times weights, nothing but the weights meets the points."""
+    m = terms([(1, "residual"), (1, "square")], *sizes)
+    data = m.passes[0].data
+    result = quiet(curvopt.compute, lambda: m.loss(*data), m.params, curvopt.BatchGrad())
+    assert_close(result.batch_grad, rows_of(m, data))
 
 
 @TERMS.each
