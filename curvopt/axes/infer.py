@@ -249,6 +249,11 @@ class _Search(Choices):
         for entry in self.reaching:
             if entry in seeded or entry.storage in seeds:
                 continue
+            if n == 1 and 1 in entry.ref.shape:  # the one sample, of which others picked a part
+                more = entry.whole()
+                seeds.update(more[0])
+                claims.update(more[1])
+                continue
             if self.batch_size == n and 1 in entry.ref.shape:
                 shared.append(entry.ref)
                 continue

@@ -13,11 +13,15 @@ from curvopt.errors import CurvoptError
 from curvopt.optim import stats
 from curvopt.optim.base import EngineOptimizer
 from curvopt.optim.joined import Backward
-from curvopt.optim.noise import Batch, Moments, Noise, guessed, squared_norms
+from curvopt.optim.noise import Batch, Moments, Noise, guessed
+from curvopt.optim.squares import square
 from curvopt.optim.state import held
 from curvopt.optim.variance_plan import Plan, Row, floor
 from curvopt.parallel.shards import local, over_shards
 from curvopt.quantities import Quantity
+
+# Squared cosine from which a gradient counts as scaled: rounding alone leaves it far closer to 1.
+ALIKE = 0.999
 
 
 class VarianceAdaptiveSGD(EngineOptimizer):
@@ -82,10 +86,11 @@ class VarianceAdaptiveSGD(EngineOptimizer):
         root mean square without weight decay; ``variance``, the mean of S; and what is in `noise`
         as ``noise/scale`` and so on.
 
-        Backward passes over micro-batches in one step add up exactly. A gradient whose norm is
-        clipped after `backward()` has its variance clipped alike. A summed loss works as well as
-        a mean, but only a mean lets N change from step to step. For half-precision parameters
-        b and S are float32.
+        Backward passes over micro-batches in one step add up exactly. A gradient that is
+        scaled after `backward()`, as by clipping norms, has its variance scaled alike, tensor by
+        tensor; one that is changed otherwise keeps it. A summed loss works as well as a mean, but
+        only a mean lets N change from step to step. For half-precision parameters b and S are
+        float32.
 
     Example:
         >>> model = torch.nn.Linear(4, 3)
@@ -198,7 +203,9 @@ class VarianceAdaptiveSGD(EngineOptimizer):
         if batch and not batch.sums:  # nothing was due
             batch = None
         n = batch.samples if batch else self.samples
-        scale = n * n / (n - 1) * self._shrunk(batch) if batch and n > 1 else 1.0
+        scale = n * n / (n - 1) if batch and n > 1 else 1.0
+        if batch and n > 1 and not self._unchanged():
+            batch.scatter = self._rescaled(batch)
         plans = [
             plan for group in self.param_groups for plan in self._plans(group, batch, n, scale)
         ]
@@ -248,13 +255,22 @@ class VarianceAdaptiveSGD(EngineOptimizer):
         state["step"] += 1
         return (state["spread"], share, p.dtype), Row(local(p), grad, b, s, scatter, state, p)
 
-    def _shrunk(self, batch: Batch) -> float:
-        """Squared factor by which ``p.grad`` was clipped since the backward pass."""
-        if self._unchanged():
-            return 1.0
-        clipped = [p for p in batch.sums if p.grad is not None]
-        now = over_shards(squared_norms([local(p.grad) for p in clipped]), clipped).sum()
-        return min(1.0, float(now / batch.norms.sum()))
+    def _rescaled(self, batch: Batch) -> dict[Tensor, Tensor]:
+        """The scatters of gradients that were changed after the backward pass.
+
+        One that was scaled, as by clipping norms, has its samples' gradients scaled alike; one that
+        was changed in another way keeps them.
+        """
+        params = [p for p in batch.sums if p.grad is not None]
+        sums = [local(batch.sums[p]) for p in params]
+        pairs = [(local(p.grad).to(was), was) for p, was in zip(params, sums, strict=True)]
+        products = [(square(now), _dot(now, was), square(was)) for now, was in pairs]
+        parts = torch.stack([torch.stack(row) for row in products])
+        after, along, before = over_shards(parts, params).unbind(1)
+        is_scaled = along.square() >= ALIKE * after * before
+        factors = torch.where(is_scaled & (before > 0), along / before, 1.0).square()
+        of = dict(zip(params, factors, strict=True))
+        return {p: part * of[p] if p in of else part for p, part in batch.scatter.items()}
 
     # -- noise ------------------------------------------------------------------------------------
 
@@ -300,3 +316,7 @@ class VarianceAdaptiveSGD(EngineOptimizer):
         if not self.averages:
             raise CurvoptError("the noise is known after a step with two samples or more")
         return Noise.of(self.samples, self.averages)
+
+
+def _dot(a: Tensor, b: Tensor) -> Tensor:
+    return torch.dot(a.reshape(-1), b.reshape(-1))

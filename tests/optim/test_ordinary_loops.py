@@ -1229,3 +1229,22 @@ def test_a_parameter_whose_type_changes_is_watched_still():
         with pytest.raises(curvopt.CurvoptError, match="a backward pass that was not recorded"):
             opt.step()
         opt.zero_grad()
+
+
+@pytest.mark.parametrize("pick", [lambda y, b: y[b], lambda y, b: y[int(b[0]) : int(b[-1]) + 1]])
+@every
+def test_a_last_batch_of_one(make, pick):
+    """Its target is picked when recording has begun: the data are one sample all the same."""
+    x, y = batch(n=9)
+    nets = []
+    for inside in (True, False):
+        net = network()
+        opt = make(net.parameters())
+        for k, b in enumerate(torch.arange(9).split(4)):
+            torch.manual_seed(k)
+            opt.zero_grad()
+            target = y[b]
+            ce(net(x[b]), pick(y, b) if inside else target).backward()
+            opt.step()
+        nets.append(net)
+    assert_same(nets[0], params_of(nets[1]))

@@ -361,3 +361,42 @@ def test_scatter_under_autocast_is_no_difference_of_rounded_numbers():
     left, right = rows(layer, x).float(), (1 + x / 100).bfloat16().float()
     each = left[:, :, None] * right[:, None]
     assert_close(scatter, (each - each.mean(0)).square().sum(0), rtol=1e-3)
+
+
+def clip_layers_apart(net):
+    nn.utils.clip_grad_norm_(net[0].parameters(), 0.05)
+    nn.utils.clip_grad_norm_(net[2].parameters(), 0.005)
+
+
+def clip_all(net):
+    nn.utils.clip_grad_norm_(net.parameters(), 0.05)
+
+
+def triple(net):
+    for p in net.parameters():
+        p.grad.mul_(-3)
+
+
+def clip_values(net):
+    nn.utils.clip_grad_value_(net.parameters(), 0.01)
+
+
+@pytest.mark.parametrize("edit", [clip_layers_apart, clip_all, triple, clip_values])
+def test_gradients_changed_before_the_step(edit):
+    """What scales a tensor's gradient scales its variance; what bends it does not."""
+    torch.manual_seed(0)
+    x, y = torch.randn(8, 6), torch.randint(3, (8,))
+    found = []
+    for change in (lambda net: None, edit):
+        torch.manual_seed(1)
+        net = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3)).double()
+        opt = curvopt.VarianceAdaptiveSGD(net.parameters(), variance_every=1)
+        F.cross_entropy(net(x.double()), y).backward()
+        before = [p.grad.norm() for p in net.parameters()]
+        change(net)
+        factors = [(p.grad.norm() / b) ** 2 for p, b in zip(net.parameters(), before, strict=True)]
+        opt.step()
+        found.append([opt.state[p]["variance"] for p in net.parameters()])
+    for plain, changed, factor in zip(*found, factors, strict=True):
+        scale = 1.0 if edit is clip_values else factor
+        torch.testing.assert_close(changed, plain * scale)
