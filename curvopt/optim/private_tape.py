@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import warnings
 import weakref
 from collections.abc import Callable, Iterable
@@ -82,6 +83,8 @@ class PrivateTape(Tape):
         return result
 
     def _before(self, module: nn.Module, args: Any) -> None:
+        if threading.get_ident() != self.thread:  # hooks are those of the whole process
+            return
         if type(module).__name__ == "OptimizedModule" and module not in _TOLD:
             _TOLD.add(module)
             warnings.warn(COMPILED, stacklevel=2)
@@ -89,6 +92,8 @@ class PrivateTape(Tape):
         self.buffers.append([(name, b, b._version) for name, b in held if b is not None])
 
     def _after(self, module: nn.Module, args: Any, output: Any) -> None:
+        if threading.get_ident() != self.thread:
+            return
         before = self.buffers.pop()
         if not before:
             return

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import sys
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
+from dataclasses import is_dataclass
 from typing import Any
 
 import torch
@@ -14,6 +17,10 @@ from curvopt.ops.registry import MODULE_RULES
 from curvopt.recording.calls import Calls
 from curvopt.recording.uses import tensors_in
 
+_TORCHS = torch.nn.modules.module.__file__
+# From a hook of ours to the call of the module.
+_FRAMES = 8
+
 
 class Modules(Calls):
     """Hooks for the modules of a forward pass.
@@ -22,25 +29,39 @@ class Modules(Calls):
         opaque: a module that a rule covers while its forward pass runs, and what is known of it.
         on_module: called with each module before its forward pass, and the recording.
         given: storages of what modules were called with: data, also where a buffer holds it.
+        outermost: the module that was called last outside of any other.
+        within: the modules of it, by id.
+        held: storages of the buffers that they had when it was called.
     """
 
     opaque: list[Any]
     on_module: Callable[..., Any] | None
     given: set[int]
+    outermost: nn.Module | None = None
+    within: Set[int] = frozenset()
+    held: Set[int] = frozenset()
+    thread: int
 
     def _note_module(self, module: nn.Module, args: Any) -> None:
         """Buffers (masks, positions) are the same for all samples; packed batches are sorted."""
+        if threading.get_ident() != self.thread:  # hooks are those of the whole process
+            return
         if self.on_module is not None:
             self.on_module(module, self)
         if isinstance(module, nn.RNNBase):
             remember_order(module, args)
-        self.given.update(map(_storage, tensors_in(args)))
+        self.given.update(map(_storage, _within((*args, *_keywords().values()))))
+        if module is self.outermost or id(module) not in self.within:
+            self.outermost, self.within = module, {id(m) for m in module.modules()}
+            self.held = {_storage(buffer) for buffer in module.buffers()}
         # The layers of a scripted module do not call hooks.
         scripted = isinstance(module, torch.jit.ScriptModule)
         for buffer in module.buffers() if scripted else module._buffers.values():
             if buffer is None or buffer.requires_grad or id(buffer) in self.shared:
                 continue
-            if _storage(buffer) in self.given:  # the batch, kept in a buffer by its module
+            storage = _storage(buffer)
+            # The batch, kept in a buffer: by its module, or by one around it in this very pass.
+            if storage in self.given or storage not in self.held:
                 continue
             self._share(buffer, frozenset(), False)
             self.record.silent.append(buffer)
@@ -84,3 +105,29 @@ def _storage(tensor: Tensor) -> int:
         return tensor.untyped_storage()._cdata
     except (RuntimeError, NotImplementedError):
         return id(tensor)
+
+
+def _within(values: Iterable[Any], depth: int = 4) -> Iterator[Tensor]:
+    """The tensors of arguments: in lists, dicts and objects that hold data, too."""
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif depth and isinstance(value, list | tuple):
+            yield from _within(value, depth - 1)
+        elif depth and isinstance(value, Mapping):
+            yield from _within(value.values(), depth - 1)
+        elif depth and is_dataclass(value):
+            yield from _within(vars(value).values(), depth - 1)
+
+
+def _keywords() -> dict[str, Any]:
+    """The keyword arguments of the module that is being called: global hooks are not told them."""
+    frame = sys._getframe(1)
+    for _ in range(_FRAMES):
+        if frame.f_code.co_name in ("inner", "_call_impl") and frame.f_code.co_filename == _TORCHS:
+            found: dict[str, Any] = frame.f_locals.get("kwargs") or {}
+            return found
+        if frame.f_back is None:
+            break
+        frame = frame.f_back
+    return {}

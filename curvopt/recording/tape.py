@@ -8,6 +8,7 @@ samples are. The forward pass runs as written, on the parameters themselves: not
 from __future__ import annotations
 
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -55,6 +56,7 @@ class Tape(Modules, Losses, TorchFunctionMode):
         went: whether torch's own backward pass has begun (1) or is over (2), in `on_backward`.
         around: makes a context manager, entered while recording.
         on_module: called with each module before its forward pass, and the tape.
+        thread: the thread that is recorded.
         serial: columns go back one by one: code on the way is not to be vectorized.
         views: how many rows of the data are views of one sample, and in which order.
     """
@@ -63,6 +65,7 @@ class Tape(Modules, Losses, TorchFunctionMode):
     owner: Any = None
     around: Callable[[], AbstractContextManager[Any]] | None = None
     went = 0
+    thread = 0
 
     def __init__(
         self,
@@ -291,6 +294,7 @@ class Tape(Modules, Losses, TorchFunctionMode):
 
     def __enter__(self) -> Tape:
         if not self.depth:
+            self.thread = threading.get_ident()
             self.entered = ExitStack()
             self.entered.enter_context(self.watching_modules())
             self.entered.enter_context(_uncompiled())

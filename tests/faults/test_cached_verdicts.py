@@ -2,6 +2,7 @@
 
 import os
 import warnings
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -681,6 +682,33 @@ def kept_in_a_buffer(keep):
     return made(net.parameters(), loss, batch(outlier=50), coupled=True)
 
 
+class Handed(nn.Module):
+    """Gives its child the batch, in a buffer."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear, self.child = nn.Linear(D, C), nn.Module()
+        self.child.register_buffer("x", None)
+        self.child.forward = lambda: normalized(self.child.x)
+
+    def forward(self, x):
+        self.child.x = x if isinstance(x, torch.Tensor) else x.value
+        return self.linear(self.child())
+
+
+@dataclass
+class Held:
+    value: torch.Tensor
+
+
+def handed_to_a_child(call):
+    net = Handed()
+    net(torch.zeros(2, D))
+    return made(
+        net.parameters(), lambda x, y: ce(20 * call(net, x), y), batch(outlier=50), coupled=True
+    )
+
+
 def two_towers():
     users, items = nn.Parameter(torch.randn(5, 4)), nn.Parameter(torch.randn(6, 4))
 
@@ -738,6 +766,9 @@ UNSEEN.add("scripted-frozen-extractor-without-buffers", frozen_extractor, script
 UNSEEN.add("frozen-extractor-by-flags", frozen_by_flags)
 UNSEEN.add("batch-in-a-buffer", kept_in_a_buffer, lambda x: x)
 UNSEEN.add("batch-in-a-buffer-as-a-view", kept_in_a_buffer, lambda x: x.detach()[:, :])
+UNSEEN.add("batch-in-a-childs-buffer", handed_to_a_child, lambda net, x: net(x))
+UNSEEN.add("batch-in-a-childs-buffer-by-keyword", handed_to_a_child, lambda net, x: net(x=x))
+UNSEEN.add("batch-in-a-childs-buffer-in-an-object", handed_to_a_child, lambda net, x: net(Held(x)))
 UNSEEN.add("items-of-the-batch-as-negatives", two_towers)
 UNSEEN.add("labels-as-columns", by_labels, lambda lp, y: lp[:, y])
 UNSEEN.add("label-of-one-for-all", by_labels, lambda lp, y: lp.index_select(1, y[:1]))

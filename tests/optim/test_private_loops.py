@@ -1,6 +1,7 @@
 """Private steps in the loops that people run: accumulation, clipping, penalties, state."""
 
 import copy
+import threading
 
 import pytest
 import torch
@@ -498,3 +499,30 @@ def test_a_state_of_another_branch_counts_beside_the_own_steps():
     noise_of(stranger, unused)
     stranger.load_state_dict(start)
     assert stranger.ledger.steps == 2
+
+
+def test_private_steps_in_two_threads():
+    """Hooks on modules are those of the whole process: each step looks at its own thread's."""
+    x, y = torch.randn(8, 6), torch.randint(3, (8,))
+
+    def train(k, found):
+        net = nn.Sequential(nn.Linear(6, 5), nn.LayerNorm(5), nn.Tanh(), nn.Linear(5, 3))
+        for n, p in enumerate(net.parameters()):
+            nn.init.constant_(p, 0.1 * (n + k))
+        opt = curvopt.DPSGD(
+            net.parameters(), lr=0.1, noise_multiplier=0.0, max_grad_norm=0.1, expected_batch_size=8
+        )
+        for _ in range(20):
+            opt.step(lambda: F.cross_entropy(net(x + k), y))
+        found[k] = torch.cat([p.detach().flatten() for p in net.parameters()])
+
+    alone, together = {}, {}
+    for k in (0, 1):
+        train(k, alone)
+    threads = [threading.Thread(target=train, args=(k, together)) for k in (0, 1)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for k in (0, 1):
+        assert torch.equal(alone[k], together[k])
