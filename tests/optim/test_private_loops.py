@@ -508,7 +508,7 @@ def test_private_steps_in_two_threads():
     def train(k, found):
         net = nn.Sequential(nn.Linear(6, 5), nn.LayerNorm(5), nn.Tanh(), nn.Linear(5, 3))
         for n, p in enumerate(net.parameters()):
-            nn.init.constant_(p, 0.1 * (n + k))
+            nn.init.normal_(p, generator=torch.Generator().manual_seed(10 * k + n))
         opt = curvopt.DPSGD(
             net.parameters(), lr=0.1, noise_multiplier=0.0, max_grad_norm=0.1, expected_batch_size=8
         )
