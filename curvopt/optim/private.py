@@ -329,10 +329,11 @@ class PrivateOptimizer(Accounted):
 
     def _unchanged(self) -> bool:
         """As in the base; nothing is added to a stand-in, whatever else acts on it."""
-        self._left = [
-            (p, grad, grad._version if isinstance(grad, Withheld) else version)
-            for p, grad, version in self._left
-        ]
+        with torch._C.DisableTorchFunctionSubclass():
+            self._left = [
+                (p, grad, grad._version if isinstance(grad, Withheld) else version)
+                for p, grad, version in self._left
+            ]
         return super()._unchanged()
 
     def __getstate__(self) -> dict[str, Any]:

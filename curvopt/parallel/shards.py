@@ -40,7 +40,8 @@ def local(tensor: Any) -> Any:
 def stamps(tensors: Sequence[Tensor]) -> list[int]:
     """Numbers that change with the tensors: versions; of shards, which count none, sums of bits."""
     if not any(map(is_sharded, tensors)):
-        return [t._version for t in tensors]
+        with torch._C.DisableTorchFunctionSubclass():
+            return [t._version for t in tensors]
     divided = fingerprint(local(t) if is_sharded(t) else None for t in tensors)
     return [t._version if bits is None else bits for t, bits in zip(tensors, divided, strict=True)]
 

@@ -4,6 +4,7 @@ from curvopt.structures.base import Dense, Mended, Structure
 from curvopt.structures.conv import Conv
 from curvopt.structures.elementwise import Scale, Shift
 from curvopt.structures.folded import Folded
+from curvopt.structures.formed import Formed
 from curvopt.structures.kronecker import Factors
 from curvopt.structures.lookup import Lookup
 from curvopt.structures.outer import Outer
@@ -17,6 +18,7 @@ __all__ = [
     "Disjoint",
     "Factors",
     "Folded",
+    "Formed",
     "Lookup",
     "Mended",
     "Outer",

@@ -82,7 +82,7 @@ class Structure(ABC):
         return accumulate(
             rows.sum((0, 1))
             if weights is None
-            else torch.tensordot(weights[start:stop], rows.sum(0), 1)
+            else torch.tensordot(weights[start:stop], _over_columns(rows), 1)
             for start, stop, rows in self.blocks()
         )
 
@@ -254,6 +254,10 @@ class Structure(ABC):
         return Factors([accumulate(rows.mT @ rows for rows in flat)])
 
 
+def _over_columns(rows: Tensor) -> Tensor:
+    return rows[0] if len(rows) == 1 else rows.sum(0)
+
+
 class Dense(Structure):
     """Rows held as one tensor.
 
@@ -273,7 +277,7 @@ class Dense(Structure):
         return self.values
 
     def sum(self, weights: Tensor | None = None) -> Tensor:
-        values = self.values.sum(0) if self.columns > 1 else self.values[0]
+        values = _over_columns(self.values)
         return values.sum(0) if weights is None else torch.tensordot(weights, values, 1)
 
 
@@ -309,7 +313,8 @@ class Mended(Structure):
             return self.inner.sum()
         total = self.inner.sum(weights.index_fill(0, self.at, 0))
         for at, rows in self._mended(self.at):
-            total = total + torch.tensordot(weights[at].to(rows), rows.sum(0), 1).to(total.dtype)
+            added = torch.tensordot(weights[at].to(rows), _over_columns(rows), 1)
+            total = total + added.to(total.dtype)
         return total
 
     def rank_one(self, a: Tensor, b: Tensor) -> Tensor:

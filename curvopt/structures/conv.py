@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -9,13 +10,15 @@ import torch
 import torch.nn.functional as F
 from torch import Size, Tensor
 
-from curvopt.structures.base import BLOCK, Dense, Structure
+from curvopt.structures.base import BLOCK, Structure
+from curvopt.structures.formed import Formed
 from curvopt.structures.kronecker import Factors
-from curvopt.structures.numerics import scale_smaller, widened
-from curvopt.structures.outer import Outer
+from curvopt.structures.numerics import scale_smaller, sum_tensors, widened
+from curvopt.structures.outer import Outer, gram_norms
 
-# Input channels (of images) up to which convolution kernels with a group per sample are slow.
-FEW_CHANNELS = 4
+# Input channels (of images) up to which convolution kernels with a group per sample are slow,
+# unless they have so many groups at once.
+FEW_CHANNELS, MANY_GROUPS = 4, 16
 
 
 class Conv(Structure):
@@ -61,11 +64,7 @@ class Conv(Structure):
         """Patches ``[N, G, K * positions, C/G * kernel]``."""
         kernel = self.shape[2:]
         n, k = input.shape[:2]
-        windows = input.flatten(0, 1)
-        if any(self.padding):
-            windows = F.pad(
-                windows, [size for pad in reversed(self.padding) for size in (pad, pad)]
-            )
+        windows = self._padded(input).flatten(0, 1)
         for axis, size in enumerate(kernel):
             reach = (size - 1) * self.dilation[axis] + 1
             windows = windows.unfold(axis + 2, reach, self.stride[axis])
@@ -75,6 +74,10 @@ class Conv(Structure):
         # One strided copy: several times as fast as torch.nn.functional.unfold.
         columns = windows.permute(order).reshape(n, k, self.groups, self.shape[1:].numel(), -1)
         return columns.movedim(1, 3).flatten(3).mT if k > 1 else columns.squeeze(1).mT
+
+    def _padded(self, input: Tensor) -> Tensor:
+        sides = [size for pad in reversed(self.padding) for size in (pad, pad)]
+        return F.pad(input, sides) if any(sides) else input
 
     def block(self) -> int:
         if not self.by_patches:
@@ -87,6 +90,7 @@ class Conv(Structure):
     def by_patches(self) -> bool:
         """Many columns share the patches; of small maps and few channels they are cheap."""
         few = self.groups == 1 and self.shape[1] <= FEW_CHANNELS
+        few = few and min(self.samples, super().block()) < MANY_GROUPS
         return self.columns > 2 or self.positions <= 64 or few
 
     def rows(self, start: int, stop: int) -> Tensor:
@@ -120,7 +124,31 @@ class Conv(Structure):
     def gauge(self) -> tuple[Tensor, Tensor | None]:
         t, (o, i) = self.positions, (self.shape[0] // self.groups, self.shape[1:].numel())
         # Gram matrices of the positions, 2 T^2 (O + I) flops, or the formed rows, 2 T O I.
-        return self.patches().gauge() if t * (o + i) < o * i else super().gauge()
+        if t * (o + i) >= o * i:
+            return super().gauge()
+        sizes = zip(self.input.shape[3:], self.padding, strict=True)
+        pixels = math.prod(size + 2 * padding for size, padding in sizes)
+        dear = pixels**2 > t**2 * self.shape[2:].numel()
+        if self.groups > 1 or self.input.shape[1] > 1 or dear:
+            return self.patches().gauge()
+        return gram_norms(self.cotangent.flatten(4).mT, self._patch_gram())
+
+    def _patch_gram(self) -> Tensor:
+        """Inner products of the patches of a sample, ``[N, 1, T, T]``, from those of its pixels."""
+        pixels = self._padded(self.input)
+        sizes, flat = pixels.shape[3:], pixels.flatten(3)
+        products = (flat.mT @ flat).view(-1, *sizes, *sizes)
+        parts = []
+        for offset in itertools.product(*map(range, self.shape[2:])):
+            part = products
+            for axis, at in enumerate(offset):
+                stride, first = self.stride[axis], at * self.dilation[axis]
+                last = first + (self.cotangent.shape[4 + axis] - 1) * stride
+                for side in (axis, axis + len(sizes)):
+                    part = part.narrow(side + 1, first, last - first + 1)
+                    part = part[(*[slice(None)] * (side + 1), slice(None, None, stride))]
+            parts.append(part)
+        return sum_tensors(parts).reshape(-1, 1, self.positions, self.positions)
 
     def reach(self) -> Tensor:
         # By Cauchy and Schwarz; an element is in as many patches as the kernel is large, at most.
@@ -161,10 +189,7 @@ class Conv(Structure):
         small = self.columns * self.samples * self.shape.numel() <= 4 * kept
         if not small or t * (o + i) < o * i:
             return self
-        values = self.cotangent.new_empty(self.columns, self.samples, *self.shape)
-        for start, stop, rows in self.blocks():
-            values[:, start:stop] = rows
-        return Dense(values)
+        return Formed(self)
 
     def rank_one(self, a: Tensor, b: Tensor) -> Tensor:
         if self.groups > 1:

@@ -128,14 +128,7 @@ class Outer(Structure):
         # Gram matrices of the tokens, 2 T^2 (O + I) flops, or the formed rows, 2 T O I.
         if t * (o + i) >= o * i:
             return super().gauge()
-        gram, axes = self.right @ self.right.mT, (-3, -2, -1)
-        squares, absolute = [], []
-        for left in self.left:
-            products = (left @ left.mT).mul(gram)
-            squares.append(products.sum(axes))
-            absolute.append(torch.linalg.vector_norm(products.detach(), 1, axes))
-        total = torch.stack(squares)
-        return total, cancels(total, torch.stack(absolute))
+        return gram_norms(self.left, self.right @ self.right.mT)
 
     def reach(self) -> Tensor | None:
         if self.tokens == 1:
@@ -233,6 +226,22 @@ class Outer(Structure):
             left = left.transpose(0, 1).flatten(1, 2)
             right = right.transpose(0, 1).flatten(1, 2)
         return _products(left, right, self.transposed).reshape(self.shape)
+
+
+def gram_norms(left: Tensor, gram: Tensor) -> tuple[Tensor, Tensor]:
+    """Squared norms of sums of outer products, as `Structure.gauge` gives them.
+
+    Args:
+        left: ``[V, N, G, T, O]``.
+        gram: inner products of the right factors, ``[N, G, T, T]``.
+    """
+    squares, absolute, axes = [], [], (-3, -2, -1)
+    for factor in left:
+        products = (factor @ factor.mT).mul(gram)
+        squares.append(products.sum(axes))
+        absolute.append(torch.linalg.vector_norm(products.detach(), 1, axes))
+    total = torch.stack(squares)
+    return total, cancels(total, torch.stack(absolute))
 
 
 def _products(left: Tensor, right: Tensor, transposed: bool) -> Tensor:

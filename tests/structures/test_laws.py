@@ -10,6 +10,7 @@ from curvopt.structures import (
     Dense,
     Disjoint,
     Folded,
+    Formed,
     Lookup,
     Mended,
     Outer,
@@ -143,6 +144,11 @@ def mended(made, doubt):
     return Mended(structure, torch.tensor(doubt)), rows
 
 
+def formed(made):
+    structure, rows = made
+    return Formed(structure), rows
+
+
 def several(kind, *parts):
     structures, rows = zip(*parts, strict=True)
     return kind(list(structures)), sum(rows)
@@ -170,6 +176,13 @@ STRUCTURES = {
     "conv-large-stride": lambda: convolution(2, 2, (14, 15), (3, 2, 3, 3), stride=2, padding=1),
     "conv-volume": lambda: convolution(1, 1, (2, 3, 2), (2, 1, 2, 2, 2), padding=1),
     "conv-volume-large": lambda: convolution(2, 2, (4, 4, 5), (2, 1, 1, 2, 2), groups=2),
+    "conv-pixels": lambda: convolution(2, 3, (5, 5), (24, 3, 3, 3)),
+    "conv-pixels-padding": lambda: convolution(1, 4, (4, 4), (48, 4, 3, 3), padding=1),
+    "conv-pixels-stride": lambda: convolution(1, 3, (27,), (30, 3, 9), stride=2),
+    "conv-pixels-dilation": lambda: convolution(1, 9, (13,), (24, 9, 3), dilation=2),
+    "conv-image": lambda: convolution(1, 1, (10, 9), (2, 1, 2, 2), padding=1),
+    "formed": lambda: formed(outer(1, 1, 5, 3, 2)),
+    "formed-columns": lambda: formed(outer(2, 1, 1, 3, 2)),
     "permuted": lambda: permuted([1, 0, 2], (2, 3)),
     "permuted-matrix": permuted_matrix,
     "permuted-axes": lambda: permuted([2, 1, 0], (1, 2, 3)),
@@ -302,6 +315,22 @@ def test_random_rows_are_not_in_doubt(structure):
     assert doubt is None or not doubt.any()
     reach = value.reach()
     assert reach is None or (reach.square() > 0.999 * squares).all()
+
+
+@pytest.mark.parametrize("structure", [name for name in STRUCTURES if "pixels" in name])
+def test_norms_from_pixels_unfold_nothing(structure, monkeypatch):
+    value, rows = STRUCTURES[structure]()
+    monkeypatch.setattr(Conv, "_unfolded", lambda *_: pytest.fail("patches were formed"))
+    assert_close(value.gauge()[0], REDUCTIONS["squared-norms"][1](rows), 1e-12)
+
+
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_a_settled_structure_has_the_same_norms_and_sums(structure):
+    value, rows = STRUCTURES[structure]()
+    settled = value.settled()
+    for name in ("squared-norms", "weighted-sum"):
+        fast, definition = REDUCTIONS[name]
+        assert_close(fast(settled), definition(rows), 1e-12)
 
 
 @pytest.mark.parametrize("structure", STRUCTURES)
