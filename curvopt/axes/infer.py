@@ -11,6 +11,7 @@ from curvopt.axes.choices import Choices
 from curvopt.axes.lattice import DTYPE, MIXED, NONE
 from curvopt.axes.linking import Linked
 from curvopt.axes.ops import Ref
+from curvopt.axes.owners import Replay
 from curvopt.axes.pairs import check_pairs
 from curvopt.axes.readings import Claims, Entry, Outcome, Reading, Readings, Seeds, dims_of
 from curvopt.axes.refusals import (
@@ -75,7 +76,7 @@ class _Search(Choices):
         self._look()
         length = sum(torch.Size(row.shape).numel() for row in self.frontier.rows)
         if length == 0:
-            return self._samples(0, {}, {}, torch.empty(0, dtype=DTYPE))
+            return self._found(0, {}, {})
         if self._is_one():
             return self._one()
         self._complete()
@@ -91,17 +92,17 @@ class _Search(Choices):
 
     def _look(self) -> None:
         for entry in self.readings.entries():
-            whole = self.readings.whole(entry)
-            if not whole.touches:
-                if whole.touches_coefficients:
-                    self.weights.append(entry)
-                    reading = next(self.readings.of(entry), None)
-                    if reading is not None and bool((reading.outcome.products >= 0).any()):
-                        self.good[entry] = reading
+            first = (self.readings.read(entry, dim) for dim in dims_of(entry)[:1])
+            touches = any(reading.outcome.touches for reading in first)
+            touches = touches or self.readings.whole(entry).touches
+            if touches:
+                self.reaching.append(entry)
+            elif self.readings.whole(entry).touches_coefficients:
+                self.weights.append(entry)
+            else:
                 continue
-            self.reaching.append(entry)
             reading = next(self.readings.of(entry), None)
-            if reading is not None:
+            if reading is not None and (touches or bool((reading.outcome.products >= 0).any())):
                 self.good[entry] = reading
 
     def _is_one(self) -> bool:
@@ -144,8 +145,7 @@ class _Search(Choices):
                 more = entry.whole()
                 seeds.update(more[0])
                 claims.update(more[1])
-        outcome = self.readings.outcome(seeds, claims)
-        return self._samples(1, seeds, claims, outcome.rows)
+        return self._judged(self._found(1, seeds, claims))
 
     def _complete(self) -> None:
         """Read groups and tensors made in the pass, for rows that belong to nobody so far."""
@@ -265,10 +265,13 @@ class _Search(Choices):
                 raise not_separate(outcome.blame(), n, entry.ref)
             if not self._is_index(entry):  # positions and edges are the model's own business
                 shared.append(entry.ref)
-        outcome = self.readings.outcome(seeds, claims)
-        if outcome.mixed:
-            raise not_separate(outcome.blame(), n)
+        samples = self._found(n, seeds, claims, shared)
         strangers = [ref for ref in shared[len(linked.shared) :] if ref.numel > 1]
+        replay = samples.filled()
+        plainly = replay is None or bool(strangers)
+        outcome = self.readings.outcome(seeds, claims) if plainly else None
+        if outcome is not None and outcome.mixed:
+            raise not_separate(outcome.blame(), n)
         weights = {
             self.trace.outside[s].shape for s in self.readings.silent & set(self.trace.outside)
         }
@@ -279,14 +282,14 @@ class _Search(Choices):
         }
         data = self._outside() - (masks - set(seeds))
         pure = parametric(self.trace, self.readings.silent, data)
-        met = outcome.replay.owned & pure
-        if n > 1 and self.batch_size is None and strangers and not met & self.readings.only:
+        met = outcome.replay.owned & pure & self.readings.only if outcome is not None else set()
+        if n > 1 and self.batch_size is None and strangers and not met:
             raise ambiguous(
                 f"{n} samples along {linked.chosen[0]}, which meet no parameter",
                 f"one sample, with {list(strangers[0].shape)} as its data",
                 (n, 1),
             )
-        samples = self._samples(n, seeds, claims, outcome.rows, shared, linked.chosen)
+        samples = self._judged(samples, replay, linked.chosen)
         samples.drawn = [reading.entry.ref for reading in linked.drawn]
         owned = [owners[owners >= 0] for owners in vectors]
         samples.steady = not self.notes and all(len(o.unique()) == len(o) for o in owned)
@@ -331,41 +334,32 @@ class _Search(Choices):
                     return not_separate(meeting, None, entry.ref, single=self.batch_size is None)
         return no_data()
 
-    def _samples(
-        self,
-        n: int,
-        seeds: Seeds,
-        claims: Claims,
-        owners: Tensor,
-        shared: Sequence[Ref] = (),
-        chosen: Sequence[Reading] = (),
-    ) -> Samples:
-        """The trusted joint replay, and what it says of the coefficients."""
+    def _found(self, n: int, seeds: Seeds, claims: Claims, shared: Sequence[Ref] = ()) -> Samples:
+        """Samples that no replay has judged so far."""
         loose = frozenset(
             entry.storage
             for entry in self.reaching
             if entry.storage is not None and entry.storage not in seeds
         )
-        samples = Samples(
+        return Samples(
             n,
             self.trace,
             seeds,
             claims,
             self.frontier,
-            owners,
+            torch.empty(0, dtype=DTYPE),
             self.readings,
             self.again,
             shared=[ref for ref in shared if ref.numel > 1],
             notes=self.notes,
             _loose=loose,
         )
-        if n == 0:
-            return samples
-        try:
-            replay = samples.replay()
-        except CurvoptError:
-            samples._fill = False
-            replay = samples.replay()
+
+    def _judged(
+        self, samples: Samples, replay: Replay | None = None, chosen: Sequence[Reading] = ()
+    ) -> Samples:
+        """What the trusted joint replay says of the samples, and of the coefficients."""
+        replay = replay or samples.filled() or samples.replay()
         samples.value_dependent = replay.value_dependent
         outcome = Outcome(replay, self.frontier)
         samples.owners = outcome.rows
@@ -374,11 +368,11 @@ class _Search(Choices):
         samples.reads = [read for read in self.trace.reads if read.op in set(replay.reads)]
         weights = [self.readings.read(e, d) for e in self.weights for d in dims_of(e)]
         candidates = [*chosen, *(r for r in weights if r.entry not in self.good)]
-        if n > 1:
+        if samples.n > 1:
             samples.weighings = weighings(outcome, candidates, samples.reads)
             seeded = {reading.entry for reading in chosen}
             for entry in self.weights:
-                if entry not in seeded and n in entry.ref.shape:
+                if entry not in seeded and samples.n in entry.ref.shape:
                     samples.weighings += of_data(self.readings, entry, samples.weighings)
         self.readings.forget()
         return samples

@@ -126,6 +126,7 @@ class Replay:
         # several views, by the owners of all its elements.
         self._views: dict[int, dict[tuple[Any, ...], State | None]] = {}
         self._flat: dict[int, tuple[Tensor, int]] = {}
+        self._changed: set[int] = set()  # storages of which more than one thing was known
         for storage, owners in seeds.items():
             window = _window(trace.outside[storage])
             self._views[storage] = {window: State(owners.to(DTYPE))}
@@ -159,7 +160,16 @@ class Replay:
         for ref in self._marks.get(k, ()):
             self.marked[k, ref] = self.get(ref)
 
+    def recalls(self, mark: Mark) -> bool:
+        """Whether what `get` says at the end of the replay was so at a mark, too."""
+        _, ref = mark
+        if ref.storage in self._changed or ref.storage in self._flat:
+            return False
+        views = self._views.get(ref.storage)
+        return self.only is None and (views is None or _window(ref) in views)
+
     def _claim(self, ref: Ref, owners: Tensor) -> None:
+        self._changed.add(ref.storage)
         state = self.get(ref)
         joined = (
             State(owners) if state is None else state._replace(owners=join(state.owners, owners))
@@ -329,6 +339,8 @@ class Replay:
     def put(self, ref: Ref, state: State | None, write: bool = False) -> None:
         """Set the state of a tensor; `write` means that its elements changed under other views."""
         flat = self._flat.get(ref.storage)
+        if write:
+            self._changed.add(ref.storage)
         if flat is not None:
             if write:
                 owners, itemsize = flat
@@ -353,6 +365,8 @@ class Replay:
                     return
                 self.flatten(ref)
                 return self.put(ref, state, write=True)
+        elif window_of in views:
+            self._changed.add(ref.storage)
         views[window_of] = None if state is not None and _is_nobody(state) else state
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -59,6 +59,8 @@ class Samples:
     steady: bool = False
     _loose: frozenset[int] = frozenset()
     _fill: bool = True
+    # The last replay, and with which further claims.
+    _last: tuple[Replay, dict[Mark, Tensor]] | None = field(default=None, repr=False)
 
     @property
     def kind(self) -> str:
@@ -107,10 +109,11 @@ class Samples:
             CurvoptError: with the claims, or in the later pass, samples are not separate.
         """
         readings = self._readings if trace is None else Readings(trace, self.frontier, self.silent)
+        self._last, further = None, dict(claims or {})
         replay = kind(
             readings.trace,
             self.seeds,
-            claims={**self.claims, **(claims or {})},
+            claims={**self.claims, **further},
             marks={*readings.marks, *marks},
             loose=self._loose,
             only=None if until is None else set(range(until)),
@@ -123,7 +126,28 @@ class Samples:
             met = [m for m in replay.outsiders if m.op in readings.only]
             if met:
                 raise outsider(met[0], self.n)
+        self._last = replay, further
         return replay
+
+    def filled(self) -> Replay | None:
+        """The joint replay; None, from now on too, where it does not go with filled elements."""
+        try:
+            replay = self.replay()
+            self._fill = not Outcome(replay, self.frontier).mixed
+        except CurvoptError:
+            self._fill = False
+        return replay if self._fill else None
+
+    def recalled(self, marks: Sequence[Mark], claims: Mapping[Mark, Tensor]) -> Replay:
+        """As `replay`, by the last one where that tells of all marks: `marked` holds them."""
+        if self._last is not None:
+            replay, before = self._last
+            same = before.keys() == claims.keys() and all(before[k] is claims[k] for k in claims)
+            new = [mark for mark in marks if mark not in replay.marked]
+            if same and replay.trace is self.trace and all(map(replay.recalls, new)):
+                replay.marked.update({mark: replay.get(mark[1]) for mark in new})
+                return replay
+        return self.replay(marks, claims)
 
     def follow(self, trace: Trace) -> Samples:
         """The samples of a later pass with the same key, whose index values may differ.

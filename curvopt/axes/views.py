@@ -58,4 +58,5 @@ def grouped(samples: Samples, views: int, order: ViewOrder) -> Samples:
         claims={key: group(owners) for key, owners in samples.claims.items()},
         owners=group(samples.owners),
         steady=False,
+        _last=None,
     )

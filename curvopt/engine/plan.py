@@ -5,14 +5,17 @@ from __future__ import annotations
 from collections import Counter, OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor
 
 from curvopt.axes.endings import Ending
 from curvopt.axes.layout import Layout
+from curvopt.axes.wiring import steps_of
 from curvopt.recording.tape import Tape
 from curvopt.recording.uses import OwnUse, Use
+
+Value = TypeVar("Value")
 
 
 @dataclass
@@ -40,6 +43,7 @@ class Plan:
         value_dependent: whether it depends on index values of this very pass.
         reached: numbers of the calls that the loss leads to, values made of parameters left out.
         audited: passes that were audited or need not be, by what asked for them.
+        known: audits of passes of this code, whatever their sizes, by what asked for them.
     """
 
     n: int
@@ -61,20 +65,24 @@ class Plan:
     value_dependent: bool = False
     reached: list[int] = field(default_factory=list)
     audited: Counter[str] = field(default_factory=Counter)
+    known: Counter[str] = field(default_factory=Counter)
 
 
 # Plans by the whole code of the pass: the key holds every op, its wiring and all arguments, so that
 # an equal key is an equal pass, of whatever model. What values decided is made again.
 _PLANS: OrderedDict[Any, Plan] = OrderedDict()
+# How often the code of a pass was audited, whatever its sizes.
+_AUDITS: OrderedDict[Any, Counter[str]] = OrderedDict()
 KEPT = 256
 
 
-def made_once(key: Any, make: Callable[[], Plan]) -> Plan:
+def made_once(key: Any, make: Callable[[], Plan], code: Callable[[], Any]) -> Plan:
     """The plan of a pass, made once for equal passes.
 
     Args:
         key: of the pass.
         make: makes its plan.
+        code: gives a key of the pass without the sizes of its data.
     """
     plan = _PLANS.get(key)
     if plan is not None and not plan.value_dependent:
@@ -82,12 +90,29 @@ def made_once(key: Any, make: Callable[[], Plan]) -> Plan:
         return plan
     before, plan = plan, make()
     if before is not None:
-        plan.audited = before.audited
-    _PLANS[key] = plan
-    _PLANS.move_to_end(key)
-    while len(_PLANS) > KEPT:
-        _PLANS.popitem(last=False)
-    return plan
+        plan.audited, plan.known = before.audited, before.known
+    else:
+        written = code()
+        plan.known = _kept(_AUDITS, written, _AUDITS.get(written, plan.known))
+    return _kept(_PLANS, key, plan)
+
+
+def _kept(held: OrderedDict[Any, Value], key: Any, value: Value) -> Value:
+    """Hold a value, and the last `KEPT` alone."""
+    held[key] = value
+    held.move_to_end(key)
+    while len(held) > KEPT:
+        held.popitem(last=False)
+    return value
+
+
+def code_of(tape: Tape) -> Any:
+    """The ops of a pass, their wiring and the shapes of its parameters: no sizes of data."""
+    steps = steps_of(tape.trace)
+    ops = tuple(
+        (step.op.func, *(r.storage for r in (*step.inputs, *step.outputs))) for step in steps
+    )
+    return ops, tuple(p.shape for p in tape.params)
 
 
 def key_of(tape: Tape, loss: Tensor) -> Any:

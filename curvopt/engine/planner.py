@@ -11,7 +11,7 @@ from curvopt.axes.endings import Ending, Way, ending, marks_of, ways
 from curvopt.axes.layout import Layout, owned, single
 from curvopt.axes.wiring import steps_of
 from curvopt.engine.penalties import beside, impure
-from curvopt.engine.plan import Plan, key_of, made_once
+from curvopt.engine.plan import Plan, code_of, key_of, made_once
 from curvopt.engine.resolve import Resolver, made_by
 from curvopt.engine.terms import PENALTY, loss_terms
 from curvopt.errors import Coupled, CurvoptError
@@ -186,7 +186,7 @@ def plan_of(tape: Tape, loss: Tensor, output: Tensor | None = None) -> Plan:
         output: see `Planner`.
     """
     key = key_of(tape, loss), None if output is None else tape.trace.ref(output)
-    return made_once(key, lambda: Planner(tape, loss, output).make())
+    return made_once(key, lambda: Planner(tape, loss, output).make(), lambda: code_of(tape))
 
 
 def _one(endings: list[Ending]) -> Ending:

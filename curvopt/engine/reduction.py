@@ -161,22 +161,22 @@ class Reduction(Cotangents):
         """Parameters whose sum over samples is to be compared with their gradient in this pass.
 
         All of them in the first of equal passes. Later, where torch's own backward pass leaves the
-        gradients, all at times; in private steps one in turn, every `audit.PRIVATE_EVERY` passes,
-        for its matrix product in each pass is a ninth of a step on a small MLP.
+        gradients, all at times. In private steps, where each costs its matrix product and a wrong
+        sum costs no privacy, passes of other sizes are no new ones: after the first of a code it is
+        one in turn, for every new size and every `audit.PRIVATE_EVERY` equal passes.
 
         Args:
             asker: ``"compute"``, ``"private"`` or ``"watch"``.
         """
         params = [p for p in self.tape.params if p not in self.slow and not p._backward_hooks]
-        count = self._plan.audited[asker]
+        count, known = self._plan.audited[asker], self._plan.known[asker]
         if not params or not self.samples or self.hooked:
             return []
         if asker == "watch":
             return [] if count % audit.EVERY else self._undisturbed()
-        if not count:
-            return params
-        turn, left = divmod(count, audit.PRIVATE_EVERY)
-        return [params[turn % len(params)]] if asker == "private" and not left else []
+        if asker == "private" and known:
+            return [] if count % audit.PRIVATE_EVERY else [params[known % len(params)]]
+        return [] if count else params
 
     def _undisturbed(self) -> list[Tensor]:
         """Parameters on which torch's own backward pass will leave this loss's gradient alone."""
@@ -200,7 +200,7 @@ class Reduction(Cotangents):
             sums: the gradients.
             sent: the cotangents at the uses.
         """
-        counts = self._plan.audited
+        counts, known = self._plan.audited, self._plan.known
 
         def shuffled(p: Tensor, a: Tensor, b: Tensor, generator: Generator) -> tuple[float, int]:
             parts: Parts = defaultdict(list)
@@ -220,10 +220,11 @@ class Reduction(Cotangents):
                     {p: structures.get(p) or self._nothing(p, 1) for p in sums},
                     sums,
                     self.tape.name,
-                    number=counts[asker],
+                    number=known[asker],
                     precision=audit.precision_of([*sums, *sent.values()]),
                     shuffled=shuffled,
                 )
         # A pass that is due stays so until one can be compared.
         if sums or asker != "watch" or counts[asker] % audit.EVERY:
             counts[asker] += 1
+        known[asker] += bool(sums)

@@ -72,7 +72,7 @@ class Resolver:
         """Replay with the claims so far and more; whether samples stay apart."""
         asked = self.claims | (claims or {})
         try:
-            replay = self.samples.replay(marks=self.marks, claims=asked)
+            replay = self.samples.recalled(self.marks, asked)
         except CurvoptError:
             if not asked:
                 raise

@@ -44,6 +44,7 @@ def rule():
 @pytest.fixture(autouse=True)
 def _plans():
     plan._PLANS.clear()
+    plan._AUDITS.clear()
 
 
 def layers(n=5):
@@ -89,6 +90,24 @@ def test_a_private_step_sees_it_in_the_parameters_turn(rule):
     turns = PRIVATE_EVERY * len(list(model.parameters()))
     with pytest.raises(curvopt.CurvoptError, match=WRONG):
         [opt.step(loss) for _ in range(turns)]
+
+
+def test_private_steps_whose_sizes_always_change_audit_all_parameters_in_turn(monkeypatch):
+    model, x, y = layers()[0], torch.randn(20, 4), torch.randint(2, (20,))
+    seen, opt = [], private(model.named_parameters())
+
+    def note(structures, gradients, name, **_):
+        seen.append([name(p).split()[0] for p in gradients])
+
+    monkeypatch.setattr("curvopt.engine.audit.audit", note)
+    for n in range(3, 10):
+        opt.step(lambda n=n: F.cross_entropy(model(x[:n]), y[:n]))
+    names = [name for name, _ in model.named_parameters()]
+    assert seen[0] == names
+    assert [name for (name,) in seen[1:]] == [names[k % 3] for k in range(1, 7)]
+    wider = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2), nn.Linear(2, 2))
+    private(wider.named_parameters()).step(lambda: F.cross_entropy(wider(x), y))
+    assert len(seen[-1]) == 6  # another model
 
 
 @pytest.mark.parametrize("make", [private, lambda p: curvopt.VarianceAdaptiveSGD(p, lr=0.1)])
