@@ -284,7 +284,8 @@ class Trace(TorchDispatchMode):
             self.unsupported = self.unsupported or (
                 f"{func} ran on {', '.join(names)}, a tensor that wraps others: how samples go "
                 "through it cannot be seen. Use plain tensors in the model and the loss; "
-                "tensor-parallel layers are not supported"
+                "tensor-parallel layers are not supported, and parameters that fully_shard divides "
+                "are plain inside the forward pass of their module: compute penalties there"
             )
         with _no_functions():
             return func(*args, **kwargs)

@@ -185,6 +185,8 @@ def plan_of(tape: Tape, loss: Tensor, output: Tensor | None = None) -> Plan:
         loss: the loss.
         output: see `Planner`.
     """
+    if tape.trace.unsupported:  # what the pass left may not even have a key
+        raise CurvoptError(tape.trace.unsupported)
     key = key_of(tape, loss), None if output is None else tape.trace.ref(output)
     return made_once(key, lambda: Planner(tape, loss, output).make(), lambda: code_of(tape))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Generator, Tensor
@@ -105,8 +106,13 @@ class Accounted(PrivateStats):
 
     # -- several processes ------------------------------------------------------------------------
 
-    def _meet(self, norms: Tensor) -> Tensor:
-        """The norms of all processes, once they agree on the step."""
+    def _meet(self, norms: Tensor, penalties: Mapping[Tensor, Tensor]) -> Tensor:
+        """The norms of all processes, once they agree on the step.
+
+        Args:
+            norms: of this process.
+            penalties: gradients of terms that hold no sample, which all processes must have alike.
+        """
         if self._ranks.place != self._place:
             raise CurvoptError(
                 "torch.distributed was initialized, or changed, after this optimizer was built, so "
@@ -122,8 +128,12 @@ class Accounted(PrivateStats):
             "expected_batch_size": self.expected_batch_size,
             "clipping": self.clipping,
             "sampling": (self.sampler, self.sample_rate),
+            "parameters in terms of the loss that hold no sample": len(penalties),
         }
         if not self._agreed:  # later steps are the same for all
+            settings["the gradients' sum of terms that hold no sample"] = sum(
+                float(grad.double().sum()) for grad in penalties.values()
+            )
             settings["the parameters' sum"] = sum(
                 float(p.double().sum()) for p in self._parameters() if not is_sharded(p)
             )

@@ -175,7 +175,7 @@ class PrivateOptimizer(Accounted):
                 f"{self.parts} batches (an empty one counts: empty_batch())"
             )
         sigma, norm = self._sigma, self._clip.max_norm
-        batch.lengths = self._meet(batch.joined_norms())
+        batch.lengths = self._meet(batch.joined_norms(), batch.penalties)
         batch.sizes = check_sizes(
             len(batch.lengths),
             self._sizes,
