@@ -162,6 +162,11 @@ class Choices:
         pure = parametric(self.trace, self.readings.silent, self._outside())
         return bool(reading.outcome.replay.owned & pure & self.readings.only)
 
+    def _fed(self, readings: list[Reading]) -> frozenset[int]:
+        """Storages from outside that samples go through the model from."""
+        fed = [reading.entry for reading in readings if self._seeds_parameters(reading)]
+        return frozenset(s for entry in fed for s in entry.group or (entry.ref.storage,))
+
     def _try(self, readings: list[Reading]) -> Linked:
         try:
             return link(

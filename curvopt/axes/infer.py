@@ -145,7 +145,10 @@ class _Search(Choices):
                 more = entry.whole()
                 seeds.update(more[0])
                 claims.update(more[1])
-        return self._judged(self._found(1, seeds, claims))
+        samples = self._judged(self._found(1, seeds, claims))
+        readings = [self.readings.read(e, d) for e in self.reaching for d in dims_of(e)[:1]]
+        samples.fed = self._fed(readings)
+        return samples
 
     def _complete(self) -> None:
         """Read groups and tensors made in the pass, for rows that belong to nobody so far."""
@@ -290,7 +293,11 @@ class _Search(Choices):
                 (n, 1),
             )
         samples = self._judged(samples, replay, linked.chosen)
+        samples.fed = self._fed(linked.chosen)
         samples.drawn = [reading.entry.ref for reading in linked.drawn]
+        for reading in filter(self._seeds_parameters, linked.drawn):
+            if (storage := reading.entry.ref.storage) in self.trace.outside:
+                samples.picked += [(storage, pick) for pick in reading.outcome.replay.picks]
         owned = [owners[owners >= 0] for owners in vectors]
         samples.steady = not self.notes and all(len(o.unique()) == len(o) for o in owned)
         return samples

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -38,6 +39,8 @@ class Samples:
         notes: what else was noticed.
         value_dependent: owners depend on index values of this pass: `follow` every pass.
         reads: numbers that Python read from the samples.
+        fed: storages from outside whose samples go through the model: they meet parameters.
+        picked: storages of data sets whose drawn rows go through the model, and the indices.
         steady: where the samples lie does not follow from index values, so that a later pass needs
             one replay.
     """
@@ -57,6 +60,8 @@ class Samples:
     value_dependent: bool = False
     reads: list[Read] = field(default_factory=list)
     steady: bool = False
+    fed: frozenset[int] = frozenset()
+    picked: list[tuple[int, Mark]] = field(default_factory=list)
     _loose: frozenset[int] = frozenset()
     _fill: bool = True
     # The last replay, and with which further claims.
@@ -86,6 +91,19 @@ class Samples:
         """The sample of every position of one tensor of rows, in its shape."""
         sizes = [torch.Size(r.shape).numel() for r in self.rows]
         return self.owners.split(sizes)[row].reshape(self.rows[row].shape)
+
+    def places(self) -> dict[int, Tensor]:
+        """By storage of `fed`, where in it the samples begin: rows of a tensor, say."""
+        found: dict[int, list[Tensor]] = defaultdict(list)
+        seeded = [(self.trace.outside[storage], owners) for storage, owners in self.seeds.items()]
+        for ref, owners in [*seeded, *((ref, owners) for (_, ref), owners in self.claims.items())]:
+            if ref.storage in self.fed:
+                at = torch.full((1,) * ref.ndim, ref.offset)
+                for dim, size in enumerate(owners.shape):
+                    along = torch.arange(size).view(-1, *[1] * (ref.ndim - dim - 1))
+                    at = at + along * ref.stride[dim]
+                found[ref.storage].append(at[owners >= 0])
+        return {storage: torch.cat(parts) for storage, parts in found.items()}
 
     def replay(
         self,

@@ -18,7 +18,7 @@ from curvopt.engine.hooks import check_backward, passing
 from curvopt.engine.own import kind_of
 from curvopt.engine.paths import REENTRANT, walk
 from curvopt.engine.penalties import penalty_gradients
-from curvopt.engine.plan import Plan, uses_of
+from curvopt.engine.plan import Plan, drawn_by, uses_of
 from curvopt.engine.planner import plan_of
 from curvopt.engine.reduction import Reduction
 from curvopt.engine.result import Values
@@ -161,6 +161,25 @@ class Computation(Reduction):
     def shared(self) -> list[list[int]]:
         """Shapes of data that all samples share, and that is no parameter and no buffer."""
         return self._plan.shared
+
+    def seen(self) -> Iterator[tuple[int, bool, Tensor]]:
+        """Of the data that goes through the model: storage, whether it is drawn from, which rows.
+
+        Raises:
+            CurvoptError: several samples are one row of a data set.
+        """
+        for storage, places in self._plan.places.items():
+            yield storage, False, places
+        for draw in self._plan.draws:
+            drawn = drawn_by(draw, self.tape.trace)
+            if drawn is None:
+                shape = list(self.tape.trace.outside[draw.storage].shape)
+                raise CurvoptError(
+                    f"several samples are the same row of {shape}, drawn by an index: it would "
+                    "contribute up to C each time. Draw each row once (a sampler, torch.randperm); "
+                    "a table that is no data of theirs is a buffer (register_buffer)"
+                )
+            yield draw.storage, True, drawn
 
     @property
     def updated(self) -> list[Tensor]:

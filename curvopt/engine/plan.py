@@ -5,17 +5,37 @@ from __future__ import annotations
 from collections import Counter, OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
+import torch
 from torch import Tensor
 
 from curvopt.axes.endings import Ending
 from curvopt.axes.layout import Layout
+from curvopt.axes.trace import Trace
 from curvopt.axes.wiring import steps_of
 from curvopt.recording.tape import Tape
 from curvopt.recording.uses import OwnUse, Use
 
 Value = TypeVar("Value")
+
+
+class Draw(NamedTuple):
+    """Rows of a data set that an op draws by index.
+
+    Attributes:
+        storage: of the data set.
+        op: the op's number.
+        indices: their numbers among the op's inputs.
+        sizes: the lengths of the dims that they index.
+        owners: whose their elements are.
+    """
+
+    storage: int
+    op: int
+    indices: list[int]
+    sizes: list[int]
+    owners: list[Tensor]
 
 
 @dataclass
@@ -40,6 +60,8 @@ class Plan:
         slow: by number of the parameter, the op that no rule covers.
         updated: numbers of the buffers, in `Record.silent`, that the pass wrote samples to.
         shared: shapes of data that all samples share, and that is no parameter and no buffer.
+        places: by storage of the data that goes through the model, where in it samples begin.
+        draws: how rows of data sets are drawn for the model.
         value_dependent: whether it depends on index values of this very pass.
         reached: numbers of the calls that the loss leads to, values made of parameters left out.
         audited: passes that were audited or need not be, by what asked for them.
@@ -62,6 +84,8 @@ class Plan:
     slow: dict[int, str] = field(default_factory=dict)
     updated: list[int] = field(default_factory=list)
     shared: list[list[int]] = field(default_factory=list)
+    places: dict[int, Tensor] = field(default_factory=dict)
+    draws: list[Draw] = field(default_factory=list)
     value_dependent: bool = False
     reached: list[int] = field(default_factory=list)
     audited: Counter[str] = field(default_factory=Counter)
@@ -143,3 +167,15 @@ def uses_of(plan: Plan, tape: Tape) -> dict[Use, Layout]:
     for index, name, layout in plan.own:
         result[OwnUse(calls[index].inputs[name])] = layout
     return result
+
+
+def drawn_by(draw: Draw, trace: Trace) -> Tensor | None:
+    """The rows that a pass draws, by number; None if several samples draw the same one."""
+    values = [trace.values[draw.op][number] for number in draw.indices]
+    indices = torch.broadcast_tensors(*(v.cpu().long() for v in values if v is not None))
+    rows = torch.zeros((), dtype=torch.int64)
+    for index, size in zip(indices, draw.sizes, strict=True):
+        rows = rows * size + index % size
+    owners = torch.broadcast_tensors(*draw.owners, rows)[0]
+    pairs = torch.stack([rows.flatten(), owners.flatten()]).unique(dim=1)
+    return pairs[0] if pairs.shape[1] == len(pairs[0].unique()) else None

@@ -5,13 +5,15 @@ from __future__ import annotations
 from itertools import accumulate
 from operator import mul
 
+import torch
 from torch import Tensor
 
 from curvopt.axes.endings import Ending, Way, ending, marks_of, ways
 from curvopt.axes.layout import Layout, owned, single
+from curvopt.axes.ops import Op, Ref
 from curvopt.axes.wiring import steps_of
 from curvopt.engine.penalties import beside, impure
-from curvopt.engine.plan import Plan, code_of, key_of, made_once
+from curvopt.engine.plan import Draw, Plan, code_of, key_of, made_once
 from curvopt.engine.resolve import Resolver, made_by
 from curvopt.engine.terms import PENALTY, loss_terms
 from curvopt.errors import Coupled, CurvoptError
@@ -35,7 +37,7 @@ class Planner(Resolver):
         self.calls = self._reached()
         marks = [call.mark for call in self.calls if call.mark is not None]
         marks += [term.mark for term in self.record.losses]
-        self.marks = marks
+        self.marks = [*marks, *(pick for _, pick in self.samples.picked)]
         self._replay()
         self._claim()
         plan = self._terms() if self.output is None else self._rows_of(self.output)
@@ -51,8 +53,25 @@ class Planner(Resolver):
         made = {op.inputs[0].storage for op in self.trace.ops if op.name == "lift_fresh"}
         shared = (ref for ref in self.samples.shared if ref.storage not in made)
         plan.shared = [list(ref.shape) for ref in shared]
+        plan.places = self.samples.places()
+        plan.draws = self._draws()
         plan.value_dependent = self.value_dependent
         return plan
+
+    def _draws(self) -> list[Draw]:
+        """What draws rows of a data set for the model, and for which samples."""
+        found: dict[tuple[int, int], Draw] = {}
+        for storage, (k, ref) in self.samples.picked:
+            owners, op = self._owners(k, ref), self.trace.ops[k]
+            if owners is None or ref.dtype == torch.bool:  # a mask draws none twice
+                continue
+            shape = op.inputs[0].shape
+            dims = [d for d, index in enumerate(op.args[1]) if index is ref] if _lists(op) else []
+            draw = found.setdefault((storage, k), Draw(storage, k, [], [], []))
+            draw.indices.append(next(i for i, r in enumerate(op.inputs) if r is ref))
+            draw.sizes.append(shape[dims[0]] if dims else max(shape))
+            draw.owners.append(owners.expand(ref.shape))
+        return list(found.values())
 
     def _updated(self) -> list[int]:
         """Buffers that hold something of the samples when the pass is over."""
@@ -189,6 +208,11 @@ def plan_of(tape: Tape, loss: Tensor, output: Tensor | None = None) -> Plan:
         raise CurvoptError(tape.trace.unsupported)
     key = key_of(tape, loss), None if output is None else tape.trace.ref(output)
     return made_once(key, lambda: Planner(tape, loss, output).make(), lambda: code_of(tape))
+
+
+def _lists(op: Op) -> bool:
+    """Whether an op takes a list of indices, one for each dim."""
+    return len(op.args) > 1 and isinstance(op.args[1], tuple) and not isinstance(op.args[1], Ref)
 
 
 def _one(endings: list[Ending]) -> Ending:

@@ -85,7 +85,8 @@ class DPSGD(PrivateOptimizer):
     Note:
         * The privacy unit is the sample, as the data flow keeps it apart. A logical batch may come
           in micro-batches (`curvopt.privacy.micro_batches`): each has its own ``backward()`` in one
-          closure, none is rescaled, noise is added once. A sample belongs in one of them only.
+          closure, none is rescaled, noise is added once. A sample belongs in one of them only;
+          within a closure or block, what the passes see in the same memory is refused.
         * Between ``backward()`` and ``step()``, ``p.grad`` may be read, clipped and scaled: it is
           the private gradient, whose noise is drawn, and which is accounted, as it is looked at.
         * A term of the loss that holds no sample (a proximal term, a penalty) adds its own gradient

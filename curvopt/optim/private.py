@@ -20,7 +20,13 @@ from curvopt.optim.clip import Clip, check_norm
 from curvopt.optim.joined import Backward
 from curvopt.optim.logical import LogicalBatch, zeros_for
 from curvopt.optim.private_shards import privatized
-from curvopt.optim.private_tape import PrivateTape, detached, refuse_hooks, refuse_leaks
+from curvopt.optim.private_tape import (
+    PrivateTape,
+    detached,
+    refuse_again,
+    refuse_hooks,
+    refuse_leaks,
+)
 from curvopt.optim.sizes import check_sizes
 from curvopt.privacy.clipping import QuantileClipping
 from curvopt.privacy.schedules import value_at
@@ -125,6 +131,7 @@ class PrivateOptimizer(Accounted):
             self._add({}, torch.zeros(0), penalties)
             return
         refuse_leaks(computation)
+        refuse_again(computation)
         self._losses.append(computation.loss)
         # Under autocast the sum would be rounded after the norms were taken.
         with torch.autocast(computation.loss.device.type, enabled=False):

@@ -15,6 +15,7 @@ from torch.nn.modules.module import (
     register_module_forward_pre_hook,
 )
 
+from curvopt.axes.wiring import version as version_of
 from curvopt.engine.computation import Computation
 from curvopt.errors import CurvoptError
 from curvopt.recording.tape import Tape
@@ -54,6 +55,31 @@ def refuse_leaks(computation: Computation) -> None:
         )
 
 
+def refuse_again(computation: Computation) -> None:
+    """Refuse data that an earlier pass of the same block has seen, and nothing has changed since.
+
+    Raises:
+        CurvoptError: a sample would count twice.
+    """
+    tape = computation.tape
+    assert isinstance(tape, PrivateTape)
+    now = len(tape.trace.ops)
+    for storage, drawn, places in computation.seen():
+        passes = tape.seen.setdefault((storage, drawn), [])
+        for before, earlier in passes:
+            changed = version_of(tape.trace, storage, before) != version_of(
+                tape.trace, storage, now
+            )
+            if not changed and bool(torch.isin(places, earlier).any()):
+                raise CurvoptError(
+                    "a second backward() over samples that an earlier one of this logical batch "
+                    "went over: each is clipped by itself, so that a sample would contribute up to "
+                    "2 C. Add the losses and go backward once; views of a sample go together too, "
+                    "see views="
+                )
+        passes.append((now, places))
+
+
 COMPILED = (
     "every private step is recorded, and runs a compiled model as it was written: "
     "torch.compile(model) gains nothing here, so take it out"
@@ -69,6 +95,9 @@ class PrivateTape(Tape):
     def __enter__(self) -> Any:
         if not self.depth:
             self.buffers: list[list[tuple[str, Tensor, int]]] = []
+            self.seen: dict[
+                tuple[int, bool], list[tuple[int, Tensor]]
+            ] = {}  # data of earlier passes
             self.watching = [
                 register_module_forward_pre_hook(self._before),
                 register_module_forward_hook(self._after, always_call=True),

@@ -526,3 +526,118 @@ def test_private_steps_in_two_threads():
         thread.join()
     for k in (0, 1):
         assert torch.equal(alone[k], together[k])
+
+
+# -- samples that come twice -----------------------------------------------------------------------
+
+SET = torch.randn(50, 4, generator=seeded(3), dtype=torch.float64)
+CLASSES = SET[:, :3].argmax(1)
+
+
+def in_turn(*parts):
+    """A closure of a backward pass for each part; a part is made when its turn comes."""
+
+    def closure(model):
+        for part in parts:
+            x, y = part()
+            loss = F.cross_entropy(model(x), y)
+            loss.backward()
+        return loss
+
+    return closure
+
+
+def rows(which):
+    return lambda: (SET[which], CLASSES[which])
+
+
+def filled(first, second):
+    """Parts that come in one buffer, one after the other."""
+    x, y = torch.empty(2, 4, dtype=torch.float64), torch.empty(2, dtype=torch.int64)
+
+    def fill(begin):
+        def make():
+            return x.copy_(SET[begin : begin + 2]), y.copy_(CLASSES[begin : begin + 2])
+
+        return make
+
+    return fill(first), fill(second)
+
+
+def indices(*numbers):
+    return torch.tensor(numbers)
+
+
+AGAIN = {
+    "batch": [rows(slice(0, 4)), rows(slice(0, 4))],
+    "moved": [rows(slice(0, 4)), lambda: (SET[:4] + 0.1, CLASSES[:4])],
+    "overlapping": [rows(slice(0, 4)), rows(slice(3, 6))],
+    "one": [rows(slice(2, 3)), rows(slice(2, 3))],
+    "drawn": [rows(indices(1, 2, 3)), rows(indices(4, 2))],
+    "drawn-from-behind": [rows(indices(1, 49)), rows(indices(4, -1))],
+}
+ONCE = {
+    "slices": [rows(slice(0, 4)), rows(slice(4, 6))],
+    "ones": [rows(slice(2, 3)), rows(slice(3, 4))],
+    "drawn": [rows(indices(1, 2, 3)), rows(indices(4, 5))],
+    "buffer": filled(0, 2),
+}
+
+
+@pytest.mark.parametrize("name", AGAIN)
+@pytest.mark.parametrize("habit", ["closure", "record"])
+def test_a_second_pass_over_samples_of_a_logical_batch_is_refused(name, habit):
+    """One sample would contribute twice as much as is accounted."""
+    model, closure = network(), in_turn(*AGAIN[name])
+    opt = private(model.parameters(), "none")
+    with refused("an earlier one of this logical batch went over"):
+        if habit == "closure":
+            opt.step(lambda: closure(model))
+        else:
+            with opt.record():
+                closure(model)
+    assert opt.ledger.steps == 0
+
+
+@pytest.mark.parametrize("name", ONCE)
+def test_passes_over_other_samples_add_up(name):
+    model, closure = network(), in_turn(*ONCE[name])
+    opt = private(model.parameters(), "none")
+    opt.step(lambda: closure(model))
+    start, total = network(), 0
+    for part in ONCE[name]:
+        total = total + clipped_sum(start, *part())
+    assert_close(torch.cat([p.grad.flatten() for p in model.parameters()]), total / 24, 1e-9)
+
+
+@pytest.mark.parametrize("which", [indices(3, 3, 1, 2), indices(-1, 49)])
+def test_a_row_that_is_drawn_twice_is_refused(which):
+    """As by `torch.randint`, on a new pass and on a known one."""
+    model = network()
+    opt = private(model.parameters(), "none")
+    other = torch.arange(len(which))
+    opt.step(lambda: F.cross_entropy(model(SET[other]), CLASSES[other]))
+    with refused(r"several samples are the same row of \[50, 4\], drawn by an index"):
+        opt.step(lambda: F.cross_entropy(model(SET[which]), CLASSES[which]))
+    assert opt.ledger.steps == 1
+
+
+def test_what_is_drawn_twice_and_is_no_row_of_the_model():
+    """Targets of classes, and tables that are said to be no data."""
+    model, table = network(), torch.eye(3, dtype=torch.float64)
+    opt = private(model.parameters(), "none")
+    opt.step(lambda: F.mse_loss(model(SET[:8]), table[CLASSES[:8]]))
+
+    class Table(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("table", SET)
+            self.net = network()
+
+        def forward(self, i):
+            return self.net(self.table[i])
+
+    model = Table()
+    opt = private(model.parameters(), "none")
+    opt.step(lambda: F.cross_entropy(model(indices(1, 1, 2)), CLASSES[:3]))
+    assert opt.ledger.steps == 1
