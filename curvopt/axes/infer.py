@@ -275,18 +275,8 @@ class _Search(Choices):
         outcome = self.readings.outcome(seeds, claims) if plainly else None
         if outcome is not None and outcome.mixed:
             raise not_separate(outcome.blame(), n)
-        weights = {
-            self.trace.outside[s].shape for s in self.readings.silent & set(self.trace.outside)
-        }
-        masks = {
-            e.storage
-            for e in self.reaching
-            if (e.ref.ndim > 1 and e.ref.shape in weights) or self._is_index(e)
-        }
-        data = self._outside() - (masks - set(seeds))
-        pure = parametric(self.trace, self.readings.silent, data)
-        met = outcome.replay.owned & pure & self.readings.only if outcome is not None else set()
-        if n > 1 and self.batch_size is None and strangers and not met:
+        asks = outcome is not None and n > 1 and self.batch_size is None and bool(strangers)
+        if asks and outcome is not None and not self._meets_model(outcome, seeds):
             raise ambiguous(
                 f"{n} samples along {linked.chosen[0]}, which meet no parameter",
                 f"one sample, with {list(strangers[0].shape)} as its data",
@@ -301,6 +291,20 @@ class _Search(Choices):
         owned = [owners[owners >= 0] for owners in vectors]
         samples.steady = not self.notes and all(len(o.unique()) == len(o) for o in owned)
         return samples
+
+    def _meets_model(self, outcome: Outcome, seeds: Seeds) -> bool:
+        """Whether samples meet parameters; masks and indices that are no data may be in them."""
+        weights = {
+            self.trace.outside[s].shape for s in self.readings.silent & set(self.trace.outside)
+        }
+        masks = {
+            e.storage
+            for e in self.reaching
+            if (e.ref.ndim > 1 and e.ref.shape in weights) or self._is_index(e)
+        }
+        data = self._outside() - (masks - set(seeds))
+        pure = parametric(self.trace, self.readings.silent, data)
+        return bool(outcome.replay.owned & pure & self.readings.only)
 
     def _with_unused(self, linked: Linked) -> list[Tensor]:
         """Owners along the readings' dims; samples whose rows a mask left out are samples too."""
