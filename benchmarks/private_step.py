@@ -17,10 +17,10 @@ from torch import Tensor, nn
 
 PLAIN, OURS, ROWS, GHOST = "SGD", "curvopt", "Opacus", "Opacus, ghost"
 LR, NOISE, CLIP = 0.01, 1.0, 1.0
-MEMORY = 1.3  # of an SGD step's peak, at most
+MEMORY = 1.2  # of an SGD step's peak, at most
 RIVAL = 0.65  # of Opacus's better time, at most
-STEPS = {"mlp": 2.2}  # SGD steps, at most; on the MLP drawing the noise costs the most
-OTHERWISE = 1.5
+STEPS = {"mlp": 1.9}  # SGD steps, at most; on the MLP drawing the noise costs the most
+OTHERWISE = 1.3
 
 Maker = Callable[[Timed, nn.Module, Tensor, Tensor], harness.Variant | None]
 
