@@ -58,26 +58,30 @@ def refuse_leaks(computation: Computation) -> None:
 def refuse_again(computation: Computation) -> None:
     """Refuse data that an earlier pass of the same block has seen, and nothing has changed since.
 
+    One tensor of several may be the same for all passes, such as a column of ones; what is drawn
+    from a data set may not.
+
     Raises:
         CurvoptError: a sample would count twice.
     """
     tape = computation.tape
     assert isinstance(tape, PrivateTape)
-    now = len(tape.trace.ops)
-    for storage, drawn, places in computation.seen():
-        passes = tape.seen.setdefault((storage, drawn), [])
-        for before, earlier in passes:
-            changed = version_of(tape.trace, storage, before) != version_of(
-                tape.trace, storage, now
+    trace, now = tape.trace, len(tape.trace.ops)
+    given = {(storage, drawn): places for storage, drawn, places in computation.seen()}
+    for before, earlier in tape.seen:
+        again = [
+            (storage, drawn) in earlier
+            and version_of(trace, storage, before) == version_of(trace, storage, now)
+            and bool(torch.isin(places, earlier[storage, drawn]).any())
+            for (storage, drawn), places in given.items()
+        ]
+        if again and (all(again) or any(a and d for a, (_, d) in zip(again, given, strict=True))):
+            raise CurvoptError(
+                "a second backward() over samples that an earlier one of this logical batch went "
+                "over: each is clipped by itself, so that a sample would contribute up to 2 C. Add "
+                "the losses and go backward once; views of a sample go together too, see views="
             )
-            if not changed and bool(torch.isin(places, earlier).any()):
-                raise CurvoptError(
-                    "a second backward() over samples that an earlier one of this logical batch "
-                    "went over: each is clipped by itself, so that a sample would contribute up to "
-                    "2 C. Add the losses and go backward once; views of a sample go together too, "
-                    "see views="
-                )
-        passes.append((now, places))
+    tape.seen.append((now, given))
 
 
 COMPILED = (
@@ -95,9 +99,8 @@ class PrivateTape(Tape):
     def __enter__(self) -> Any:
         if not self.depth:
             self.buffers: list[list[tuple[str, Tensor, int]]] = []
-            self.seen: dict[
-                tuple[int, bool], list[tuple[int, Tensor]]
-            ] = {}  # data of earlier passes
+            # Data of earlier passes: by storage and whether it is drawn from, which rows.
+            self.seen: list[tuple[int, dict[tuple[int, bool], Tensor]]] = []
             self.watching = [
                 register_module_forward_pre_hook(self._before),
                 register_module_forward_hook(self._after, always_call=True),

@@ -610,6 +610,20 @@ def test_passes_over_other_samples_add_up(name):
     assert_close(torch.cat([p.grad.flatten() for p in model.parameters()]), total / 24, 1e-9)
 
 
+def test_a_column_that_all_passes_share_is_no_second_pass():
+    model, ones = network(), torch.ones(4, 1, dtype=torch.float64)
+    opt = private(model.parameters(), "none")
+
+    def closure():
+        for x, y in zip(SET[:8].split(4), CLASSES[:8].split(4), strict=True):
+            loss = F.cross_entropy(model(torch.cat([x[:, :3], ones], 1)), y)
+            loss.backward()
+        return loss
+
+    opt.step(closure)
+    assert len(opt.norms) == 8
+
+
 @pytest.mark.parametrize("which", [indices(3, 3, 1, 2), indices(-1, 49)])
 def test_a_row_that_is_drawn_twice_is_refused(which):
     """As by `torch.randint`, on a new pass and on a known one."""
