@@ -17,8 +17,8 @@ from curvopt.structures.numerics import scale_smaller, sum_tensors, widened
 from curvopt.structures.outer import Outer, gram_norms
 
 # Input channels (of images) up to which convolution kernels with a group per sample are slow,
-# unless they have so many groups at once.
-FEW_CHANNELS, MANY_GROUPS = 4, 16
+# unless they have so many groups at once, and so many elements of patches in each.
+FEW_CHANNELS, MANY_GROUPS, LARGE = 4, 16, 1 << 14
 
 
 class Conv(Structure):
@@ -90,7 +90,8 @@ class Conv(Structure):
     def by_patches(self) -> bool:
         """Many columns share the patches; of small maps and few channels they are cheap."""
         few = self.groups == 1 and self.shape[1] <= FEW_CHANNELS
-        few = few and min(self.samples, super().block()) < MANY_GROUPS
+        large = self.positions * self.shape[1:].numel() >= LARGE
+        few = few and not (large and min(self.samples, super().block()) >= MANY_GROUPS)
         return self.columns > 2 or self.positions <= 64 or few
 
     def rows(self, start: int, stop: int) -> Tensor:
