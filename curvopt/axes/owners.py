@@ -126,7 +126,7 @@ class Replay:
         # several views, by the owners of all its elements.
         self._views: dict[int, dict[tuple[Any, ...], State | None]] = {}
         self._flat: dict[int, tuple[Tensor, int]] = {}
-        self._changed: set[int] = set()  # storages of which more than one thing was known
+        self._changed: set[int] = set()  # storages of which more was known than one thing
         for storage, owners in seeds.items():
             window = _window(trace.outside[storage])
             self._views[storage] = {window: State(owners.to(DTYPE))}
@@ -160,13 +160,11 @@ class Replay:
         for ref in self._marks.get(k, ()):
             self.marked[k, ref] = self.get(ref)
 
-    def recalls(self, mark: Mark) -> bool:
-        """Whether what `get` says at the end of the replay was so at a mark, too."""
-        _, ref = mark
-        if ref.storage in self._changed or ref.storage in self._flat:
-            return False
+    def recalls(self, ref: Ref) -> bool:
+        """Whether what `get` says at the end of the replay was always so."""
         views = self._views.get(ref.storage)
-        return self.only is None and (views is None or _window(ref) in views)
+        known = self.only is None and (views is None or _window(ref) in views)
+        return known and not (ref.storage in self._changed or ref.storage in self._flat)
 
     def _claim(self, ref: Ref, owners: Tensor) -> None:
         self._changed.add(ref.storage)
@@ -338,8 +336,8 @@ class Replay:
 
     def put(self, ref: Ref, state: State | None, write: bool = False) -> None:
         """Set the state of a tensor; `write` means that its elements changed under other views."""
-        flat = self._flat.get(ref.storage)
-        if write:
+        flat, window_of = self._flat.get(ref.storage), _window(ref)
+        if write or window_of in self._views.get(ref.storage, ()):
             self._changed.add(ref.storage)
         if flat is not None:
             if write:
@@ -356,7 +354,6 @@ class Replay:
                     window.copy_(new)
             return
         views = self._views.setdefault(ref.storage, {})
-        window_of = _window(ref)
         if write:
             partial = ref.numel * ref.dtype.itemsize != self.trace.nbytes[ref.storage]
             others = any(window != window_of for window in views)
@@ -365,8 +362,6 @@ class Replay:
                     return
                 self.flatten(ref)
                 return self.put(ref, state, write=True)
-        elif window_of in views:
-            self._changed.add(ref.storage)
         views[window_of] = None if state is not None and _is_nobody(state) else state
 
 

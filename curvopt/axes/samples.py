@@ -162,7 +162,7 @@ class Samples:
             replay, before = self._last
             same = before.keys() == claims.keys() and all(before[k] is claims[k] for k in claims)
             new = [mark for mark in marks if mark not in replay.marked]
-            if same and replay.trace is self.trace and all(map(replay.recalls, new)):
+            if same and replay.trace is self.trace and all(replay.recalls(ref) for _, ref in new):
                 replay.marked.update({mark: replay.get(mark[1]) for mark in new})
                 return replay
         return self.replay(marks, claims)

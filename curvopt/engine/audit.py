@@ -27,8 +27,8 @@ PART, UNITS = 1e-3, 32.0
 DRAWS = 4
 
 #: Of a parameter: the product of its sum with ``a (x) b`` once each cotangent's element has a
-#: random sign of a generator's, and how many elements there are.
-Shuffled = Callable[[Tensor, Tensor, Tensor, Generator], tuple[float, int]]
+#: random sign of a generator's; how many elements there are; and the sum of their absolute values.
+Shuffled = Callable[[Tensor, Tensor, Tensor, Generator], tuple[float, int, float]]
 
 
 def audit(
@@ -81,10 +81,12 @@ def audit(
         if apart <= bound or not math.isfinite(apart):  # of no number nothing can be said
             continue
         tried = [shuffled(p, *direction, generators[p.device]) for _ in range(DRAWS)]
-        terms, count = max(abs(term) for term, _ in tried), tried[0][1]
+        terms, (_, count, sent) = max(abs(term) for term, *_ in tried), tried[0]
         # G is added up in float32 at least, one by one at worst, and then rounded.
         units = precision + torch.finfo(torch.float32).eps * count**0.5
-        if apart > bound + UNITS * units * terms:
+        # What cotangents are multiplied by may be rounding alone, of numbers about as large as one:
+        # rows that do not vary, normalized. Then no term is left here, and G is not quite zero.
+        if apart > bound + UNITS * (units * terms + precision * sent):
             raise CurvoptError(
                 f"the samples' parts of the gradient of {name(p)} do not add up to it: along a "
                 f"random direction they give {got:.6g}, the gradient {wanted:.6g}. Either a rule "

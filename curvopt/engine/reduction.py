@@ -202,16 +202,20 @@ class Reduction(Cotangents):
         """
         counts, known = self._plan.audited, self._plan.known
 
-        def shuffled(p: Tensor, a: Tensor, b: Tensor, generator: Generator) -> tuple[float, int]:
+        def shuffled(
+            p: Tensor, a: Tensor, b: Tensor, generator: Generator
+        ) -> tuple[float, int, float]:
             parts: Parts = defaultdict(list)
-            count = 0
+            count, size = 0, 0.0
             for use, grad in sent.items():
                 if any(id(p) in value.roots for value in use.values.values()):
                     signs = torch.empty_like(grad).bernoulli_(0.5, generator=generator)
+                    size += float(grad.abs().sum())
                     grad, count = grad * signs.mul_(2).sub_(1), count + grad.numel()
                     for root, found in self._structures([use], [grad]).items():
                         parts[root] += found
-            return (float(total(parts[p]).rank_one(a, b)) if parts[p] else 0.0), count
+            along = float(total(parts[p]).rank_one(a, b)) if parts[p] else 0.0
+            return along, count, size
 
         if sums:
             device = self.loss.device.type
