@@ -13,7 +13,6 @@ from torch import Generator, Tensor
 from torch.overrides import TorchFunctionMode
 
 from curvopt.engine.backward import unspent
-from curvopt.engine.checks import check_loss
 from curvopt.engine.computation import Computation
 from curvopt.errors import SCALED, CurvoptError
 from curvopt.optim.gradients import Gradients, check_closures, of_lightning
@@ -261,8 +260,7 @@ class EngineOptimizer(Gradients):
             tape.went = 2
 
         if self._spares(tape, loss):
-            check_loss(loss)
-            on()
+            self._plain(loss, on)
             self._note_plain()
             return
 
@@ -354,9 +352,12 @@ class PlainBackward(TorchFunctionMode):
 
     def backward(self, loss: Tensor, *args: Any, output: Any = None, **kwargs: Any) -> None:
         """Go backward as usual."""
-        check_loss(loss)
-        self.optimizer._keep_gradients()
-        with unspent():
-            loss.backward(*args, **kwargs)
+
+        def on() -> None:
+            self.optimizer._keep_gradients()
+            with unspent():
+                loss.backward(*args, **kwargs)
+
+        self.optimizer._plain(loss, on)
         self.optimizer.collected.append({})
         self.optimizer._note(recorded=True)

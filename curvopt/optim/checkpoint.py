@@ -49,7 +49,7 @@ def unpack(state: dict[str, Any]) -> dict[str, Any]:
     return {**found, **state, "param_groups": groups}
 
 
-#: Entries of a state that have a shape of their own.
+#: Entries of a state that have a shape of their own, and are whole.
 PROJECTED = frozenset({"signal"})
 
 
@@ -78,9 +78,9 @@ def refuse_foreign(
     indices = [index for group in state["param_groups"] for index in group["params"]]
     for number, (index, p) in enumerate(zip(indices, params, strict=False)):
         for key, value in state["state"].get(index, {}).items():
-            if not isinstance(value, Tensor) or not value.ndim:
+            if not isinstance(value, Tensor) or not value.ndim or key in PROJECTED:
                 continue
-            if value.shape != p.shape and value.ndim == p.ndim and key not in PROJECTED:
+            if value.shape != p.shape and value.ndim == p.ndim:
                 raise CurvoptError(
                     f"{key!r} in the state of parameter {number} has shape {list(value.shape)}, "
                     f"and the parameter {list(p.shape)}: the state is one of another model"

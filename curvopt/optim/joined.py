@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Generator, Tensor
 
+from curvopt.engine.checks import check_loss
 from curvopt.engine.computation import Computation
 from curvopt.errors import CurvoptError
 from curvopt.optim.contract import Contract
@@ -134,6 +135,25 @@ class Joined(Contract):
                         p.grad = grad
                 self._tell()
             raise
+
+    def _plain(self, loss: Tensor, backward: Callable[[], None]) -> None:
+        """Go backward for the gradient alone, and have the others hear of a loss that is refused.
+
+        They are in the wrapper's collectives, so that this process takes part in them.
+        """
+        try:
+            check_loss(loss)
+        except CurvoptError:
+            if self._ranks.many:
+                grads = [(p, p.grad) for p in self._parameters()]
+                if self._wrappers.wrapped:
+                    with suppress(Exception):
+                        backward()
+                for p, grad in grads:
+                    p.grad = grad
+                self._tell()
+            raise
+        backward()
 
     # -- meeting ----------------------------------------------------------------------------------
 

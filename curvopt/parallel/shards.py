@@ -65,6 +65,11 @@ def cut(whole: Tensor, p: Any) -> Tensor:
     return made.redistribute(placements=p.placements)
 
 
+def whole(tensor: Any) -> Any:
+    """All of a tensor, gathered from the processes that have parts of it."""
+    return tensor.full_tensor() if is_sharded(tensor) else tensor
+
+
 def over_shards(rows: Tensor, params: Sequence[Any]) -> Tensor:
     """Sums of this process's parts, made those of whole tensors, in place.
 
@@ -110,20 +115,21 @@ class Shards:
         """
         with torch._C.DisableTorchFunction(), tape.trace.paused(), torch.no_grad():
             module.unshard()
-            known = module in self.modules
             self.modules[module] = None
-            for param in () if known else params_of(module):
-                p, whole = param.sharded_param, param.unsharded_param
-                if id(p) not in tape.by_id:
+            for param in params_of(module):
+                p, seen = param.sharded_param, param.unsharded_param
+                if p in self.whole or not tape.exchange(p, seen):
                     continue
-                if is_sharded(whole):
-                    raise CurvoptError(tensor_parallel(tape.name(p)))
-                self.whole[p], self.shard[whole] = whole, p
-                tape.exchange(p, whole)
+                if is_sharded(seen):
+                    raise CurvoptError(tensor_parallel(tape.name(seen)))
+                self.whole[p], self.shard[seen] = seen, p
 
     def of(self, p: Tensor) -> Tensor:
         """What the forward pass sees of a parameter, as far as is known."""
-        return self.whole.get(p, p)
+        seen = self.whole.get(p, p)
+        if seen.requires_grad != p.requires_grad:  # which the forward pass sees to later
+            seen.requires_grad_(p.requires_grad)
+        return seen
 
     def owner(self, tensor: Tensor) -> Tensor:
         """The optimizer's parameter behind what a forward pass saw."""

@@ -12,6 +12,8 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 import curvopt
 from curvopt import CurvoptError
+from tests.optim.test_polar_factor import oracle
+from tests.oracles import assert_close
 from tests.parallel import cases
 from tests.parallel.ranks import everywhere, part, ranks, same_everywhere
 
@@ -99,6 +101,61 @@ def test_what_cannot_be_measured_on_one_process(name, wrapper, loss, take):
     group = dist.group.WORLD if wrapper == "unwrapped" else None
     said = fails(name, WRAPPED[wrapper], group, take, loss)
     assert ("not finite" if loss is infinite else "not separate") in said
+
+
+@pytest.mark.parametrize("wrapper", WRAPPED)
+@ranks()
+def test_what_polar_cannot_step_along_on_one_process(wrapper):
+    group = dist.group.WORLD if wrapper == "unwrapped" else None
+    said = fails("polar", WRAPPED[wrapper], group, by_closure, infinite)
+    assert "not finite" in said
+
+
+@pytest.mark.parametrize("take", [by_closure, by_record])
+@pytest.mark.parametrize("wrapper", ["ddp", "unwrapped", "fully_shard"])
+@pytest.mark.parametrize("name", ORDINARY)
+@ranks()
+def test_a_loss_that_is_not_finite_where_nothing_is_measured(name, wrapper, take):
+    from tests.parallel.test_fully_shard import shard
+
+    model = cases.mlp()
+    wrapped = {**WRAPPED, "fully_shard": shard}[wrapper](model)
+    group = dist.group.WORLD if wrapper == "unwrapped" else None
+    opt = cases.OPTIMIZERS[name](model.parameters(), process_group=group)
+    batches = [part(x.float(), y) for x, y in cases.batches(5)]
+    count = 5 if name == "ggn_exact" else 2  # measured at 0, 1, 2, 3; at 0, 3
+    for k in range(count):
+        take(opt, wrapped, *batches[k % 5], F.cross_entropy)
+    before = state_of(opt, model)
+    assert not opt._measures()
+    said = everywhere(raised(lambda: take(opt, wrapped, *batches[0], infinite)))
+    assert "failed on process 1" in said[0], said
+    assert "not finite" in said[1], said
+    assert all(map(torch.equal, before, state_of(opt, model)))
+    opt.zero_grad()
+    take(opt, wrapped, *batches[0], F.cross_entropy)
+    same_everywhere(state_of(opt, model))
+
+
+@pytest.mark.parametrize("wrapper", ["ddp", "fully_shard"])
+@ranks()
+def test_coupled_samples_of_one_process_leave_the_gradients_factor(wrapper):
+    """Matrices can do without rows; the others must not wait for them."""
+    from tests.parallel.test_fully_shard import Wide, shard
+
+    model = Wide()
+    wrapped = {"ddp": DistributedDataParallel, "fully_shard": shard}[wrapper](model)
+    opt = cases.OPTIMIZERS["polar"](model.parameters())
+    for k, (x, y) in enumerate(cases.batches(5)):
+        loss = coupled if k == 3 else F.cross_entropy
+        before = {p: state["momentum_buffer"].clone() for p, state in opt.state.items()}
+        by_closure(opt, wrapped, *part(x.float(), y), loss)
+        p = model[2].weight
+        expected = 0.9 * cases.full(before[p]) if k else 0
+        expected = expected + 0.1 * oracle(cases.full(p.grad))
+        assert_close(cases.full(opt.state[p]["momentum_buffer"]), expected, 1e-3)
+        assert opt.state[p]["rows"] == cases.N
+    same_everywhere(state_of(opt, model))
 
 
 @pytest.mark.parametrize("take", [by_closure, by_record])
