@@ -164,6 +164,8 @@ class Tape(Modules, Losses, TorchFunctionMode):
         if special is not None:
             return getattr(self, special)(func, args, kwargs)
         output = func(*args, **kwargs)
+        if func is Tensor.clone and not torch.is_grad_enabled() and known.in_ddp_sink():
+            self.trace.carries_gradient()
         if all_shared:
             if tensors or func not in known.RANDOM:
                 self._share(output, frozenset(), False, made=made or not tensors)

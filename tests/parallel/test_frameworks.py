@@ -119,17 +119,32 @@ def test_trainer(optimizer, tmp_path):
         def _get_train_sampler(self, *_):
             return SequentialSampler(self.train_dataset)
 
-    expected, net = one_process(optimizer), Classifier()
+    def reference():
+        """With what Trainer does by default: a schedule, and clipping."""
+        net = Classifier()
+        opt = cases.OPTIMIZERS[optimizer](net.parameters(), process_group=alone())
+        schedule = transformers.get_scheduler("linear", opt, 0, cases.STEPS)
+        for x, labels in cases.batches():
+            net(x, labels)["loss"].backward()
+            nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+            opt.step()
+            schedule.step()
+            opt.zero_grad()
+        return cases.weights(net)
+
+    if optimizer == "polar":
+        cases.share_signs()
+    expected, net = reference(), Classifier()
     # Process r takes every other batch of N / 2: those of the whole batch, one after the other.
     rows = [{"x": x, "labels": y} for batch in cases.batches() for x, y in zip(*batch, strict=True)]
     arguments = transformers.TrainingArguments(
-        output_dir=str(tmp_path), use_cpu=True, report_to=[], save_strategy="no", max_grad_norm=0,
-        per_device_train_batch_size=cases.N // 2, num_train_epochs=1, disable_tqdm=True,
-        lr_scheduler_type="constant", ddp_find_unused_parameters=False,
+        output_dir=str(tmp_path), use_cpu=True, report_to=[], disable_tqdm=True,
+        per_device_train_batch_size=cases.N // 2, num_train_epochs=1,
     )  # fmt: skip
     opt = cases.OPTIMIZERS[optimizer](net.parameters())
     trainer = InOrder(net, arguments, train_dataset=rows, optimizers=(opt, None))
     assert trainer.args.world_size == 2
     trainer.train()
     assert opt.steps == cases.STEPS
+    assert trainer.model_wrapped.find_unused_parameters  # so that the loss is handed on
     check(net.model, expected)
