@@ -231,27 +231,32 @@ class Joined(Contract):
         grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in owners]
         unchanged, count = self._unchanged(), self._ranks.place[1]
         for p, total in zip(owners, self._ranks.sums(grads), strict=True):
-            p.grad = total.div_(count)
+            p.grad = total / count
         if unchanged:
             self._note(recorded=True)
 
     # -- joining ----------------------------------------------------------------------------------
 
-    def _sums(self, values: Mapping[Tensor, Tensor]) -> dict[Tensor, Tensor]:
-        """Sums over the processes of what some of them have, in whole.
+    def _sums(
+        self, values: Mapping[Tensor, Tensor], *, alike: bool = False
+    ) -> dict[Tensor, Tensor]:
+        """Sums over the processes of what some of them have, in whole, to be overwritten.
 
         Args:
             values: by parameter, as the forward pass saw it.
+            alike: all processes have values of the same parameters, in the same order.
 
         Returns:
             By parameter of the optimizer; one that a process lacks counts as zero there.
         """
         owner = self._wrappers.shards.owner
         mine = {owner(p): value for p, value in values.items()}
-        params = list(self._parameters())
-        place = {p: index for index, p in enumerate(params)}
-        order = self._ranks.union([place[p] for p in mine], len(params))
-        owners = [params[index] for index in order]
+        owners = list(mine)
+        if not alike:
+            params = list(self._parameters())
+            place = {p: index for index, p in enumerate(params)}
+            order = self._ranks.union([place[p] for p in mine], len(params))
+            owners = [params[index] for index in order]
         wide = [torch.promote_types(p.dtype, torch.float32) for p in owners]
         given = [
             mine[p].to(dtype) if p in mine else torch.zeros(p.shape, dtype=dtype, device=p.device)

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from curvopt.errors import CurvoptError
-from curvopt.parallel.reduce import add_up
+from curvopt.parallel.reduce import add_up, totals
 
 #: Numbers that one process tells the others in `Ranks.meet`, beside its settings.
 NUMBERS = 2
@@ -145,13 +145,11 @@ class Ranks:
         return torch.cat(parts).to(values.device)
 
     def sums(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """The sums over all processes, the same on each."""
-        totals = [
-            tensor.detach().clone(memory_format=torch.contiguous_format) for tensor in tensors
-        ]
-        if self.many:
-            add_up(totals, lambda flat: dist.all_reduce(flat, group=self.group))
-        return totals
+        """The sums over all processes, the same on each; contiguous, and to be overwritten."""
+        given = [tensor.detach() for tensor in tensors]
+        if not self.many:
+            return [t.clone(memory_format=torch.contiguous_format) for t in given]
+        return totals(given, lambda flat: dist.all_reduce(flat, group=self.group))
 
     def sum_on_first(self, tensors: Sequence[Tensor]) -> None:
         """Add up contiguous tensors on the first process, in place; elsewhere they are used up."""
