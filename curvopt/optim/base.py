@@ -84,6 +84,7 @@ class EngineOptimizer(Gradients):
         self.batch_size, self.reduction, self.generator = batch_size, reduction, generator
         self.steps = 0
         self._among(process_group)
+        self._reserve()
         self._forget()
         self._arm()
 

@@ -15,6 +15,7 @@ from curvopt.parallel.shards import is_sharded
 
 #: Where the first group of a saved state keeps a copy of what stands beside states and groups.
 PACKED, NOISE = "curvopt", "curvopt_noise"
+PLACES = frozenset([PACKED, NOISE])
 
 
 def pack(state: dict[str, Any]) -> dict[str, Any]:
@@ -34,6 +35,21 @@ def pack(state: dict[str, Any]) -> dict[str, Any]:
         if noise is not None:
             groups[0][NOISE] = _text(noise)
     return {**state, "param_groups": groups}
+
+
+def reserve(groups: list[dict[str, Any]], *, noise: bool) -> None:
+    """Make places in the first group for what is packed into a state.
+
+    A flattened state (``flatten_optimizer_state_dict``) is read by the keys of the groups.
+
+    Args:
+        groups: of an optimizer.
+        noise: this process has it.
+    """
+    for group in groups[:1]:
+        group.setdefault(PACKED, None)
+        if noise:
+            group.setdefault(NOISE, None)
 
 
 def unpack(state: dict[str, Any]) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from torch import Generator, Tensor
 from curvopt.engine.checks import check_loss
 from curvopt.engine.computation import Computation
 from curvopt.errors import CurvoptError
+from curvopt.optim.checkpoint import PLACES
 from curvopt.optim.contract import Contract
 from curvopt.parallel.groups import Ranks, token_of
 from curvopt.parallel.reduce import fingerprint
@@ -219,7 +220,11 @@ class Joined(Contract):
         }
         own.pop("batch_size", None)
         groups = [
-            {k: float(v) if isinstance(v, Tensor) else v for k, v in group.items() if k != "params"}
+            {
+                k: float(v) if isinstance(v, Tensor) else v
+                for k, v in group.items()
+                if k not in ("params", *PLACES)
+            }
             for group in self.param_groups
         ]
         return {"the optimizer": type(self).__name__, "settings": own, "parameter groups": groups}

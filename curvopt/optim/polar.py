@@ -317,7 +317,7 @@ class PolarOptimizer(Scheduled):
                 if p.grad is None or not p.numel():
                     continue
                 check_dense(p, self._name)
-                state = dict(self.state[p]) if p in self.state else self._first_state(p)
+                state = dict(self.state[p]) if p in self.state else self._first_state(p, group)
                 (unmeasured.discard if state else unmeasured.add)(p)
                 if not state:
                     continue  # it takes part for the first time: looked at next
@@ -346,17 +346,21 @@ class PolarOptimizer(Scheduled):
             "loaded by torch.distributed.checkpoint (loading overwrites what the step did)"
         )
 
-    def _first_state(self, p: Tensor) -> dict[str, Any]:
+    def _first_state(self, p: Tensor, group: dict[str, Any]) -> dict[str, Any]:
         """The state of a parameter that takes its first step; {} as long as its kind is unknown."""
         curvature, tables = self._found(p, Diagonal.field), self._found(p, "tables")
         # Contiguous, so that it is a matrix without being copied.
         dtype = torch.promote_types(p.dtype, torch.float32)
         m = torch.zeros_like(p, dtype=dtype, memory_format=torch.contiguous_format)
+        state: dict[str, Any] = {"step": 0, "momentum_buffer": m}
         if curvature:
-            return {"step": 0, "weight": 0.0, "momentum_buffer": m, "curvature": m.clone()}
-        if p.ndim < 2 or (tables and not any(tables)):
-            return {"step": 0, "momentum_buffer": m}
-        return {}
+            state |= {"weight": 0.0, "curvature": m.clone()}
+        elif p.ndim > 1 and (any(tables) or not tables):
+            return {}
+        # All that is to come: what a checkpoint is read into has to be there.
+        if group["momentum"] and group["adaptation"]:
+            state |= dict.fromkeys(("energy", "energy_weight", "log_rate"), 0.0)
+        return state
 
 
 class Diagonal(DiagGGNMC):
