@@ -24,6 +24,7 @@ from torch.nn.modules.module import (
 )
 from torch.overrides import _get_current_function_mode_stack
 
+from curvopt.parallel.shards import parameters_of
 from curvopt.recording.parked import WaitingTape, settle
 from curvopt.recording.stacks import infra_modes
 
@@ -185,7 +186,7 @@ class Watch:
         if id(module) in self.within:
             return False
         ids = self.ids
-        if not any(id(p) in ids and p.requires_grad for p in module.parameters()):
+        if not any(id(p) in ids and p.requires_grad for p in parameters_of(module)):
             self.foreign, self.within = module, frozenset(map(id, module.modules()))
             return False
         return not infra_modes() and optimizer._measures()

@@ -7,7 +7,7 @@ for it. What is measured of those is summed over the processes and cut like the 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -163,6 +163,15 @@ def groups_of(module: Any) -> Iterable[Any]:
 def params_of(module: Any) -> Iterable[Any]:
     """What a module has divided, torch's ``FSDPParam``."""
     return [param for group in groups_of(module) for param in group.fsdp_params]
+
+
+def parameters_of(module: nn.Module) -> Iterator[Tensor]:
+    """A module's parameters, those that are divided also while it shows whole ones."""
+    yield from module.parameters()
+    fsdp: Any = sys.modules.get("torch.distributed.fsdp")
+    for part in module.modules() if fsdp is not None else ():
+        if isinstance(part, fsdp.FSDPModule):
+            yield from (param.sharded_param for param in params_of(part))
 
 
 def tensor_parallel(name: str) -> str:

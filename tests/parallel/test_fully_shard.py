@@ -246,6 +246,32 @@ def test_polar_factors_are_those_of_whole_matrices(dim):
         assert_close(torch.tensor(told[key]), torch.tensor(expected[key]), 1e-9)
 
 
+@pytest.mark.parametrize("name", ["ggn_exact", "variance_adaptive", "polar"])
+@ranks()
+def test_evaluation_leaves_whole_parameters_behind(name):
+    """Where the forward pass does not reshard: before the first step, and between steps."""
+    make = cases.OPTIMIZERS[name]
+    reference, model = cases.mlp().double(), cases.mlp().double()
+    if name == "polar":
+        cases.share_signs()
+    wrapped = shard(model, reshard_after_forward=False)
+    one, many = make(reference.parameters(), process_group=alone()), make(model.parameters())
+    for x, y in cases.batches(6):
+        for opt, net, (a, b) in ((one, reference, (x, y)), (many, wrapped, part(x, y))):
+            with torch.no_grad():
+                net(a)
+            F.cross_entropy(net(a), b).backward()
+            opt.step()
+            opt.zero_grad()
+            net(a)  # no backward pass follows
+    wrapped.reshard()
+    for layer in model:
+        if isinstance(layer, nn.Linear):
+            layer.reshard()
+    for p, expected in zip(cases.weights(model), reference.parameters(), strict=True):
+        assert_close(p, expected, 1e-12)
+
+
 @ranks()
 def test_a_polar_optimizer_that_goes_on_meets_all_layers(monkeypatch):
     """Its first steps record the matrices that are stepped by their rows alone."""
