@@ -143,13 +143,14 @@ class Shards:
     @property
     def mesh(self) -> Any:
         """The mesh of the shards."""
-        meshes = {id(mesh): mesh for p in self.whole for mesh in [p.device_mesh]}  # type: ignore[attr-defined]
+        # Equal ones are one: slicing a mesh makes a new object each time.
+        meshes = {p.device_mesh: None for p in self.whole}  # type: ignore[attr-defined]
         if len(meshes) > 1:
             raise CurvoptError(
                 "the parameters are sharded over several meshes, so the processes of a step are "
                 "not known: give process_group="
             )
-        return next(iter(meshes.values()), None)
+        return next(iter(meshes), None)
 
 
 def groups_of(module: Any) -> Iterable[Any]:

@@ -246,6 +246,24 @@ def test_polar_factors_are_those_of_whole_matrices(dim):
         assert_close(torch.tensor(told[key]), torch.tensor(expected[key]), 1e-9)
 
 
+@pytest.mark.parametrize("name", ["ggn_exact", "variance_adaptive", "polar", "dp_sgd"])
+@ranks()
+def test_parameters_that_are_put_in_the_place_of_others(name):
+    """By who shards the model after the optimizer was built, as accelerate does."""
+    make = cases.OPTIMIZERS[name]
+    reference, model = cases.mlp().double(), cases.mlp().double()
+    if name == "polar":
+        cases.share_signs()
+    one, many = make(reference.parameters(), process_group=alone()), make(model.parameters())
+    wrapped = shard(model)
+    many.param_groups[0]["params"] = [*model.parameters()]
+    for x, y in cases.batches(5):
+        cases.one_step(one, reference, x, y, 2)
+        cases.one_step(many, wrapped, *part(x, y), 2)
+    for p, expected in zip(cases.weights(model), reference.parameters(), strict=True):
+        assert_close(p, expected, 1e-12)
+
+
 @pytest.mark.parametrize("name", ["ggn_exact", "variance_adaptive", "polar"])
 @ranks()
 def test_evaluation_leaves_whole_parameters_behind(name):
