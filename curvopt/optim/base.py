@@ -19,6 +19,7 @@ from curvopt.optim.gradients import Gradients, check_closures, of_lightning
 from curvopt.optim.joined import Backward
 from curvopt.quantities import Quantity
 from curvopt.recording.parked import WaitingTape
+from curvopt.recording.stacks import untraced
 from curvopt.recording.tape import Tape
 
 Closure = Callable[[], Any]
@@ -159,9 +160,10 @@ class EngineOptimizer(Gradients):
                 return None
             self._check_recorded()
             taken = self.steps
-            if self.goes_backward:
-                self._meet_others()
-            self._update()
+            with untraced():
+                if self.goes_backward:
+                    self._meet_others()
+                self._update()
             self.steps = taken + 1
         except BaseException as error:
             if self.goes_backward and isinstance(error, Exception):
