@@ -309,7 +309,10 @@ class EngineOptimizer(Gradients):
             return False
         if not self.goes_backward:
             raise CurvoptError(SCALED)
-        if float(self.found_inf):
+        found = bool(float(self.found_inf))
+        if self._ranks.many and not self._told:  # all of them skip the step
+            found = self._ranks.some(found)
+        if found:
             return True
         scale = vars(self).get("grad_scale")
         measured = any(self.collected) or self._failed is not None

@@ -19,6 +19,7 @@ from curvopt.parallel.reduce import fingerprint
 from curvopt.parallel.shards import cut, is_sharded
 from curvopt.parallel.wrappers import Wrappers
 from curvopt.quantities import Quantity
+from curvopt.recording.parked import WaitingTape
 from curvopt.recording.tape import Tape
 
 Backward = Callable[..., None]
@@ -131,7 +132,8 @@ class Joined(Contract):
             return computation
         except Exception:  # as above; the other processes must hear of it
             if self._ranks.many:
-                if self.goes_backward:
+                # In an ordinary loop `backward()` does not fail, and leaves what it always does.
+                if self.goes_backward and not isinstance(tape, WaitingTape):
                     for p, grad in grads:
                         p.grad = grad
                 self._tell()

@@ -82,6 +82,11 @@ class Ranks:
             raise self._differ(told)
         return [one[2 : 2 + len(numbers)] for one in found]
 
+    def some(self, flag: bool) -> bool:
+        """Whether a process says so, or called `fail` instead."""
+        mine = [1, 0, int(flag), *[0] * (NUMBERS - 1)]
+        return any(one[2] or not one[0] for one in self._gather(mine))
+
     def fail(self) -> None:
         """Say in place of `meet` that this process cannot take the step."""
         if self.many:

@@ -48,6 +48,12 @@ def by_record(opt, model, x, y, loss):
     opt.step()
 
 
+def by_loop(opt, model, x, y, loss):
+    opt.zero_grad()
+    loss(model(x), y).backward()
+    opt.step()
+
+
 def infinite(output, y):
     return F.cross_entropy(output / (dist.get_rank() - 1), y)
 
@@ -92,7 +98,7 @@ WRAPPED = {
 }
 
 
-@pytest.mark.parametrize("take", [by_closure, by_record])
+@pytest.mark.parametrize("take", [by_closure, by_record, by_loop])
 @pytest.mark.parametrize("loss", [infinite, coupled])
 @pytest.mark.parametrize("wrapper", WRAPPED)
 @pytest.mark.parametrize("name", ORDINARY)
@@ -208,6 +214,29 @@ def test_a_process_that_did_not_move_is_noticed(name):
         by_closure(opt, wrapped, x.float(), y, F.cross_entropy)
     said = raised(lambda: by_closure(opt, wrapped, x.float(), y, F.cross_entropy))
     assert "differ in steps taken: [2, 1]" in said
+
+
+@pytest.mark.parametrize("wrap", [True, False], ids=["ddp", "unwrapped"])
+@pytest.mark.parametrize("name", ["ggn_exact", "variance_adaptive"])
+@ranks()
+def test_an_overflow_on_one_process_skips_the_step_on_all(name, wrap):
+    model = cases.mlp()
+    wrapped = DistributedDataParallel(model) if wrap else model
+    group = None if wrap else dist.group.WORLD
+    opt = cases.OPTIMIZERS[name](model.parameters(), process_group=group)
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    for k, (x, y) in enumerate(cases.batches(6)):
+        xs, ys = part(x.float(), y)
+        loss = F.cross_entropy(wrapped(xs), ys)
+        (scaler.scale(loss) * (float("inf") if k in (2, 3) and dist.get_rank() else 1)).backward()
+        before = state_of(opt, model)
+        scaler.step(opt)
+        scaler.update()
+        opt.zero_grad()
+        same = all(map(torch.equal, before, state_of(opt, model)))
+        assert everywhere(same) == [k in (2, 3)] * 2, k
+    assert everywhere(opt.steps) == [4, 4]
+    same_everywhere(state_of(opt, model))
 
 
 # What cannot be served.
