@@ -2,6 +2,7 @@
 
 import os
 import warnings
+from contextlib import nullcontext
 from functools import partial
 
 import pytest
@@ -16,6 +17,7 @@ from tests.parallel import cases
 from tests.parallel.ranks import alone, everywhere, part, ranks, same_everywhere
 
 MEASURING = ["ggn_exact", "variance_adaptive", "polar"]
+PRIVATE = ["dp_sgd", "dp_adam"]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -59,7 +61,7 @@ def check(model, expected):
     assert max(float((a - b).abs().max()) for a, b in zip(expected, found, strict=True)) < 1e-12
 
 
-@pytest.mark.parametrize("optimizer", MEASURING)
+@pytest.mark.parametrize("optimizer", [*MEASURING, *PRIVATE])
 @ranks(timeout=60)
 def test_accelerate(optimizer):
     as_under_torchrun()
@@ -72,7 +74,8 @@ def test_accelerate(optimizer):
     for batch in cases.batches():
         x, y = part(*batch)
         opt.zero_grad()
-        accelerator.backward(F.cross_entropy(wrapped(x), y))
+        with opt.optimizer.record() if optimizer in PRIVATE else nullcontext():
+            accelerator.backward(F.cross_entropy(wrapped(x), y))
         opt.step()
     check(model, expected)
 
@@ -266,7 +269,7 @@ def test_lightning_shards(optimizer):
     check(module.model, expected)
 
 
-@pytest.mark.parametrize("optimizer", MEASURING)
+@pytest.mark.parametrize("optimizer", [*MEASURING, *PRIVATE])
 @ranks(timeout=60)
 def test_lightning(optimizer):
     as_under_torchrun()
