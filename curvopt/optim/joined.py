@@ -251,7 +251,8 @@ class Joined(Contract):
 
         Args:
             values: by parameter, as the forward pass saw it.
-            alike: all processes have values of the same parameters, in the same order.
+            alike: they are what was returned here before, overwritten: of the same parameters on
+                all processes, and to be overwritten again.
 
         Returns:
             By parameter of the optimizer; one that a process lacks counts as zero there.
@@ -269,7 +270,7 @@ class Joined(Contract):
             mine[p].to(dtype) if p in mine else torch.zeros(p.shape, dtype=dtype, device=p.device)
             for p, dtype in zip(owners, wide, strict=True)
         ]
-        return dict(zip(owners, self._ranks.sums(given), strict=True))
+        return dict(zip(owners, self._ranks.sums(given, spare=alike), strict=True))
 
     def _shards(self, values: Mapping[Tensor, Tensor]) -> dict[Tensor, Tensor]:
         """Whole tensors cut as their parameters are."""

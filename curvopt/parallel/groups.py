@@ -149,12 +149,17 @@ class Ranks:
         parts = [part[:count] for part, count in zip(found, counts, strict=True)]
         return torch.cat(parts).to(values.device)
 
-    def sums(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """The sums over all processes, the same on each; contiguous, and to be overwritten."""
+    def sums(self, tensors: Sequence[Tensor], *, spare: bool = False) -> list[Tensor]:
+        """The sums over all processes, the same on each; contiguous, and to be overwritten.
+
+        Args:
+            tensors: of this process.
+            spare: they may be overwritten.
+        """
         given = [tensor.detach() for tensor in tensors]
         if not self.many:
             return [t.clone(memory_format=torch.contiguous_format) for t in given]
-        return totals(given, lambda flat: dist.all_reduce(flat, group=self.group))
+        return totals(given, lambda flat: dist.all_reduce(flat, group=self.group), spare=spare)
 
     def sum_on_first(self, tensors: Sequence[Tensor]) -> None:
         """Add up contiguous tensors on the first process, in place; elsewhere they are used up."""

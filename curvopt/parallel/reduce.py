@@ -32,15 +32,38 @@ def add_up(tensors: Sequence[Tensor], collective: Callable[[Tensor], Any]) -> No
         torch._foreach_copy_(bucket, [p.view_as(t) for p, t in zip(parts, bucket, strict=True)])
 
 
-def totals(tensors: Sequence[Tensor], collective: Callable[[Tensor], Any]) -> list[Tensor]:
-    """The same on copies, which are returned; those that share a message share their memory."""
+def totals(
+    tensors: Sequence[Tensor], collective: Callable[[Tensor], Any], *, spare: bool = False
+) -> list[Tensor]:
+    """The same on copies, which are returned; those that share a message share their memory.
+
+    Args:
+        tensors: as in `add_up`, contiguous or not.
+        collective: as there.
+        spare: the tensors may be overwritten, which saves a copy of what was returned before.
+    """
     found: dict[int, Tensor] = {}
     for bucket in _buckets(tensors):
-        flat = torch.cat([tensor.reshape(-1) for tensor in bucket])
+        flat = _shared(bucket) if spare else None
+        if flat is None:
+            flat = torch.cat([tensor.reshape(-1) for tensor in bucket])
         collective(flat)
         parts = flat.split([tensor.numel() for tensor in bucket])
         found |= {id(t): p.view(t.shape) for p, t in zip(parts, bucket, strict=True)}
     return [found[id(t)] if t.numel() else t.clone() for t in tensors]
+
+
+def _shared(bucket: list[Tensor]) -> Tensor | None:
+    """The flat tensor of which these are the parts, one after the other; None if there is none."""
+    first, end = bucket[0], 0
+    storage = first.untyped_storage()
+    for tensor in bucket:
+        same = tensor.untyped_storage().data_ptr() == storage.data_ptr()
+        if not (same and tensor.is_contiguous() and tensor.storage_offset() == end):
+            return None
+        end += tensor.numel()
+    whole = storage.nbytes() == end * first.element_size()
+    return first.as_strided((end,), (1,), 0) if whole else None
 
 
 def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:

@@ -41,6 +41,12 @@ def test_all_tensors_take_part_once(bucket, monkeypatch):
         assert torch.equal(found, 2 * start)
         assert found.is_contiguous()
     assert all(map(torch.equal, tensors, before))
+    with torch.no_grad():
+        again, flats = [t.detach() for t in totals(tensors, lambda flat: flat.mul_(2))], []
+        both = totals(again, lambda flat: flats.append(flat.mul_(2)), spare=True)
+    assert all(torch.equal(found, 4 * start) for found, start in zip(both, before, strict=True))
+    given = {t.untyped_storage().data_ptr() for t in again}
+    assert {flat.data_ptr() for flat in flats} <= given  # nothing was copied
     whole = [t.clone(memory_format=torch.contiguous_format) for t in before]
     add_up(whole, lambda flat: flat.mul_(2))
     assert all(torch.equal(found, 2 * start) for found, start in zip(whole, before, strict=True))
