@@ -208,11 +208,6 @@ class Choices:
         picked = pickings(self.trace, entry.storage)
         return not any(ref.storage in self.readings.silent for ref in picked)
 
-    def _sees_one(self, entry: Entry) -> bool:
-        """Whether the loss sees one of many positions: a label that was picked in the pass."""
-        good = self.good.get(entry)
-        return good is not None and good.values.numel() == 1 < good.size
-
     def _outside(self) -> set[int]:
         """Storages of data."""
         return set(self.trace.outside) - self.readings.silent

@@ -112,7 +112,7 @@ class _Search(Choices):
             single = 1 in entry.ref.shape
             if single and (good is None or entry.ref.shape.index(1) < good.dim):
                 votes.append(True)
-            elif good is not None and not self._sees_one(entry):
+            elif good is not None:
                 votes.append(False)
         if self.batch_size == 1 and (self._could_be_one() or self._lies_behind_one()):
             return True
@@ -140,8 +140,7 @@ class _Search(Choices):
         seeds: Seeds = {}
         claims: Claims = {}
         for entry in (*self.reaching, *self.weights):
-            single = 1 in entry.ref.shape or not entry.ref.ndim or self._sees_one(entry)
-            if self.batch_size == 1 or single:
+            if self.batch_size == 1 or 1 in entry.ref.shape or not entry.ref.ndim:
                 more = entry.whole()
                 seeds.update(more[0])
                 claims.update(more[1])
