@@ -18,9 +18,10 @@ pytest.importorskip("tqdm")
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))  # scripts, not a package
-harness, jacobians, optimizers, private_step, problems, quantities, report, step_cost = map(
-    import_module,
-    "harness jacobians optimizers private_step problems quantities report step_cost".split(),
+harness, jacobians, optimizers, parallel, private_step, problems, quantities, report, step_cost = (
+    import_module(name)
+    for name in "harness jacobians optimizers parallel private_step problems quantities report "
+    "step_cost".split()
 )
 CPU = torch.device("cpu")
 THREADS = ["--threads", "1"]  # two would wait for each other on a busy machine
@@ -384,3 +385,22 @@ def test_published_tables_are_those_of_the_committed_runs(page):
     whole = page.endswith("optimizers.md")
     expected = report.page(runs) if whole else report.embed(text, report.tables(runs))
     assert text == expected
+
+
+# --------------------------------------------------------------------------------------- parallel
+
+
+def test_what_is_measured_every_tenth_step_counts_a_tenth():
+    """By medians: a step that was held up once counts for nothing."""
+    seconds = ([5.0] + [1.0] * 9) * 5
+    assert math.isclose(parallel.usual(seconds), 1.4)
+    seconds[13] = seconds[20] = 1000.0
+    assert math.isclose(parallel.usual(seconds), 1.4)
+
+
+def test_what_is_added_is_told_beside_adams():
+    cost = {"alone": 0.010, "added": 0.002, "added_first": 0.003, "beside": 0.1}
+    optimizers = {name: dict.fromkeys(parallel.CLOCKS, cost) for name in parallel.OPTIMIZERS}
+    text = parallel.report({"machine": harness.machine(0), "rounds": 3, "optimizers": optimizers})
+    row = "| 10.00 | 2.00 | 3.00 | +10 % " * 2 + "|"
+    assert all(f"| {name} {row}" in text for name in parallel.OPTIMIZERS)

@@ -290,6 +290,11 @@ class Trace(TorchDispatchMode):
         with _no_functions():
             return func(*args, **kwargs)
 
+    def carries_gradient(self) -> None:
+        """The last op, which ran without gradients, has them: a function around it sees to that."""
+        if self.ops:
+            self.ops[-1] = self.ops[-1]._replace(grad=True)
+
     @contextmanager
     def paused(self) -> Iterator[None]:
         """Leave what runs inside out of the trace."""

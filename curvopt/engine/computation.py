@@ -216,7 +216,7 @@ class Computation(Reduction):
                 self._prepare()
 
     def _prepare(self) -> None:
-        if self.tape.spent and walk(self.loss.grad_fn, self.tape.spent)[0]:
+        if self.tape.spent and walk(self.loss, self.tape.spent)[0]:
             raise CurvoptError(
                 "a second backward pass over one recorded forward pass: add the losses and call "
                 "backward once"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Container, Iterable
+from collections.abc import Container, Iterable, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -13,7 +13,8 @@ from curvopt.errors import CurvoptError
 from curvopt.recording.uses import ACCUMULATE, Call
 
 # Nodes in Python that leave gradients as they are, and do something on the way.
-_TORCHS_OWN = frozenset(["_DDPSinkBackward", "RegisterPostBackwardFunctionBackward"])
+_SINK = "_DDPSinkBackward"
+_TORCHS_OWN = frozenset([_SINK, "RegisterPostBackwardFunctionBackward"])
 
 REENTRANT = (
     "part of the model ran under reentrant checkpointing, where nothing is known of its "
@@ -21,21 +22,33 @@ REENTRANT = (
 )
 
 
-def walk(start: Any, stops: Container[Any]) -> tuple[list[Any], list[Tensor]]:
-    """Walk a graph from a node: the first nodes met among ``stops``, and the leaves met."""
-    found, leaves, seen, stack = [], [], set(), [start]
+def walk(tensor: Tensor, stops: Container[Any]) -> tuple[list[Any], list[Tensor]]:
+    """Walk a tensor's graph: the first nodes met among ``stops``, and the leaves met."""
+    found, leaves, seen = [], [], set()
+    stack: list[tuple[Any, int]] = [(tensor.grad_fn, tensor.output_nr)]
     while stack:
-        node = stack.pop()
-        if node is None or node in seen:
+        node, number = stack.pop()
+        handed = type(node).__name__ == _SINK
+        place = (node, number) if handed else node
+        if node is None or place in seen:
             continue
-        seen.add(node)
+        seen.add(place)
         if node in stops:
             found.append(node)
         elif hasattr(node, "variable"):
             leaves.append(node.variable)
         else:
-            stack += [following for following, _ in node.next_functions]
+            stack += behind(node, number) if handed else node.next_functions
     return found, leaves
+
+
+def behind(node: Any, number: int) -> Sequence[tuple[Any, int]]:
+    """The edges that an output of a node leads to: all, or the one that it hands on."""
+    edges: Sequence[tuple[Any, int]] = node.next_functions
+    if type(node).__name__ != _SINK:
+        return edges
+    place = sum(node.needs_input_grad[1 : number + 1])  # of those that have a gradient
+    return [edge for edge in edges if edge[0] is not None][place : place + 1]
 
 
 def unaccounted(

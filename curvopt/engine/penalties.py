@@ -105,13 +105,19 @@ def penalty_gradients(
         terms: the terms that hold samples.
         params: what to take the gradient of.
     """
-    stops = {term.value.grad_fn for term in terms}
-    edges = _beside(loss.grad_fn, stops) if stops else [get_gradient_edge(loss)]
+    stops: set[Any] = {term.value.grad_fn for term in terms}
+    edges = _beside(loss, stops) if stops else [get_gradient_edge(loss)]
     if not edges:
         return {}
     wanted = [p for p in params if p.requires_grad]
-    # From the loss to the edges, and on from there: the first never enters what holds samples.
-    sent = torch.autograd.grad(loss, edges, retain_graph=True, allow_unused=True)
+    # From the loss to the edges, and on from there. An edge may be met behind a term as well, as a
+    # value that the model and the penalty share is: nothing may arrive by that way.
+    handles = [stop.register_prehook(lambda grads: (None,) * len(grads)) for stop in stops]
+    try:
+        sent = torch.autograd.grad(loss, edges, retain_graph=True, allow_unused=True)
+    finally:
+        for handle in handles:
+            handle.remove()
     some = [(edge, s) for edge, s in zip(edges, sent, strict=True) if s is not None]
     grads = torch.autograd.grad(
         [edge for edge, _ in some],
@@ -123,8 +129,9 @@ def penalty_gradients(
     return {p: g.clone() for p, g in zip(wanted, grads, strict=True) if g is not None}
 
 
-def _beside(root: Any, stops: Set[Any]) -> list[GradientEdge]:
-    """The edges at which one leaves the nodes between a root and some others."""
+def _beside(loss: Tensor, stops: Set[Any]) -> list[GradientEdge]:
+    """The edges at which one leaves the nodes between the loss and some others."""
+    root: Any = loss.grad_fn
     leads = dict.fromkeys(stops, True)  # whether one of them is below
     stack = [root]
     while stack:

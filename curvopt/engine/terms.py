@@ -43,7 +43,7 @@ def loss_terms(
     terms: list[Loss] = []
     others = False
     done: set[Loss] = set()
-    stack = [loss.grad_fn]
+    stack = [loss]
     while stack:
         nodes, loose = walk(stack.pop(), table)
         others = others or bool(loose)
@@ -55,13 +55,13 @@ def loss_terms(
             if not isinstance(term, Reduction):
                 terms.append(term)
                 continue
-            inner, rest = walk(term.output.grad_fn, proper)
+            inner, rest = walk(term.output, proper)
             known = [proper[node] for node in inner]
             if known and not rest and _linear(term, known, trace):
                 terms += [t for t in known if t not in done]
                 done.update(known)
             elif mixed(term):
-                stack.append(term.output.grad_fn)
+                stack.append(term.output)
             else:
                 terms.append(term)
     return terms, others
@@ -93,7 +93,7 @@ def closure_terms(loss: Tensor, output: Tensor, terms: list[Loss], kind: str | N
     """
     if not isinstance(output, Tensor) or output.grad_fn is None or not output.ndim:
         raise CurvoptError("(loss, output): the output must be the model's output, a tensor [N, *]")
-    nodes, loose = walk(loss.grad_fn, {output.grad_fn})
+    nodes, loose = walk(loss, {output.grad_fn})
     if loose or not nodes:
         raise CurvoptError(
             f"(loss, output): the loss does not depend on the model through the output "
@@ -115,7 +115,7 @@ def upstream(loss: Tensor, terms: list[Loss]) -> list[Tensor]:
     with torch.enable_grad():
         grads = torch.autograd.grad(loss, ends, create_graph=True)
     nodes = {end.node for end in ends}
-    if any(grad.grad_fn is not None and walk(grad.grad_fn, nodes)[0] for grad in grads):
+    if any(grad.grad_fn is not None and walk(grad, nodes)[0] for grad in grads):
         raise CurvoptError(
             f"the loss is no weighted sum of {', '.join(term.name for term in terms)} (a root, a "
             "power, a product of losses?), so it has no part that belongs to one sample; ask for "

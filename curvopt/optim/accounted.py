@@ -10,7 +10,7 @@ from torch import Generator, Tensor
 
 from curvopt.axes.views import ViewOrder
 from curvopt.errors import CurvoptError
-from curvopt.optim.checkpoint import pack, unpack
+from curvopt.optim.checkpoint import pack, reserve, unpack
 from curvopt.optim.clip import Clip, Clipping, check_norm
 from curvopt.optim.private_stats import PrivateStats
 from curvopt.parallel.shards import is_sharded
@@ -160,6 +160,9 @@ class Accounted(PrivateStats):
             "clipping": clip.state_dict() if isinstance(clip, QuantileClipping) else {},
         }
         return pack(super().state_dict() | {"privacy": privacy})
+
+    def _reserve(self) -> None:
+        reserve(self.param_groups, noise=self._ranks.first)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from a saved state, with the noise that would have come next.

@@ -24,6 +24,7 @@ from torch.nn.modules.module import (
 )
 from torch.overrides import _get_current_function_mode_stack
 
+from curvopt.parallel.shards import parameters_of
 from curvopt.recording.parked import WaitingTape, settle
 from curvopt.recording.stacks import infra_modes
 
@@ -45,6 +46,7 @@ class Measures(Protocol):
     """An optimizer whose steps measure more than the gradient."""
 
     _failed: Exception | None
+    param_groups: list[dict[str, Any]]
 
     def _parameters(self) -> Iterable[Tensor]: ...
 
@@ -76,6 +78,7 @@ class Watch:
         asleep: a block or a closure records.
         foreign: a module that runs and has none of those, as have none of its own modules.
         within: the modules of it, by id.
+        lists: the groups' lists of them, in whose place others may be put (as accelerate does).
     """
 
     def __init__(self, optimizer: Measures):
@@ -90,6 +93,7 @@ class Watch:
         self.asleep = False
         self.foreign: nn.Module | None = None
         self.within: frozenset[int] = frozenset()
+        self.lists: list[Any] = []
 
     # -- armed, or at rest ------------------------------------------------------------------------
 
@@ -100,6 +104,7 @@ class Watch:
             return
         self.foreign, self.within = None, frozenset()
         params = list(optimizer._parameters())
+        self.lists = [group["params"] for group in optimizer.param_groups]
         kinds = [(id(p), p.requires_grad, p.dtype, p.device) for p in params]
         if self.handles and kinds == self.kinds:  # armed already: their nodes are the same
             self.unseen.clear()
@@ -182,10 +187,12 @@ class Watch:
         modes = _get_current_function_mode_stack()
         if any(getattr(mode, "owner", None) is optimizer for mode in modes):
             return False  # a closure or a block records; asked at every module, so first
+        if any(g["params"] is not p for g, p in zip(optimizer.param_groups, self.lists)):  # noqa: B905
+            self.arm()
         if id(module) in self.within:
             return False
         ids = self.ids
-        if not any(id(p) in ids and p.requires_grad for p in module.parameters()):
+        if not any(id(p) in ids and p.requires_grad for p in parameters_of(module)):
             self.foreign, self.within = module, frozenset(map(id, module.modules()))
             return False
         return not infra_modes() and optimizer._measures()

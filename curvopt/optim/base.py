@@ -13,13 +13,13 @@ from torch import Generator, Tensor
 from torch.overrides import TorchFunctionMode
 
 from curvopt.engine.backward import unspent
-from curvopt.engine.checks import check_loss
 from curvopt.engine.computation import Computation
 from curvopt.errors import SCALED, CurvoptError
 from curvopt.optim.gradients import Gradients, check_closures, of_lightning
 from curvopt.optim.joined import Backward
 from curvopt.quantities import Quantity
 from curvopt.recording.parked import WaitingTape
+from curvopt.recording.stacks import untraced
 from curvopt.recording.tape import Tape
 
 Closure = Callable[[], Any]
@@ -85,6 +85,7 @@ class EngineOptimizer(Gradients):
         self.batch_size, self.reduction, self.generator = batch_size, reduction, generator
         self.steps = 0
         self._among(process_group)
+        self._reserve()
         self._forget()
         self._arm()
 
@@ -159,9 +160,10 @@ class EngineOptimizer(Gradients):
                 return None
             self._check_recorded()
             taken = self.steps
-            if self.goes_backward:
-                self._meet_others()
-            self._update()
+            with untraced():
+                if self.goes_backward:
+                    self._meet_others()
+                self._update()
             self.steps = taken + 1
         except BaseException as error:
             if self.goes_backward and isinstance(error, Exception):
@@ -261,8 +263,7 @@ class EngineOptimizer(Gradients):
             tape.went = 2
 
         if self._spares(tape, loss):
-            check_loss(loss)
-            on()
+            self._plain(loss, on)
             self._note_plain()
             return
 
@@ -308,7 +309,10 @@ class EngineOptimizer(Gradients):
             return False
         if not self.goes_backward:
             raise CurvoptError(SCALED)
-        if float(self.found_inf):
+        found = bool(float(self.found_inf))
+        if self._ranks.many and not self._told:  # all of them skip the step
+            found = self._ranks.some(found)
+        if found:
             return True
         scale = vars(self).get("grad_scale")
         measured = any(self.collected) or self._failed is not None
@@ -354,9 +358,12 @@ class PlainBackward(TorchFunctionMode):
 
     def backward(self, loss: Tensor, *args: Any, output: Any = None, **kwargs: Any) -> None:
         """Go backward as usual."""
-        check_loss(loss)
-        self.optimizer._keep_gradients()
-        with unspent():
-            loss.backward(*args, **kwargs)
+
+        def on() -> None:
+            self.optimizer._keep_gradients()
+            with unspent():
+                loss.backward(*args, **kwargs)
+
+        self.optimizer._plain(loss, on)
         self.optimizer.collected.append({})
         self.optimizer._note(recorded=True)

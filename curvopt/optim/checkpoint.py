@@ -15,6 +15,7 @@ from curvopt.parallel.shards import is_sharded
 
 #: Where the first group of a saved state keeps a copy of what stands beside states and groups.
 PACKED, NOISE = "curvopt", "curvopt_noise"
+PLACES = frozenset([PACKED, NOISE])
 
 
 def pack(state: dict[str, Any]) -> dict[str, Any]:
@@ -36,6 +37,21 @@ def pack(state: dict[str, Any]) -> dict[str, Any]:
     return {**state, "param_groups": groups}
 
 
+def reserve(groups: list[dict[str, Any]], *, noise: bool) -> None:
+    """Make places in the first group for what is packed into a state.
+
+    A flattened state (``flatten_optimizer_state_dict``) is read by the keys of the groups.
+
+    Args:
+        groups: of an optimizer.
+        noise: this process has it.
+    """
+    for group in groups[:1]:
+        group.setdefault(PACKED, None)
+        if noise:
+            group.setdefault(NOISE, None)
+
+
 def unpack(state: dict[str, Any]) -> dict[str, Any]:
     """The state that was packed; one that was saved by other means is left as it is."""
     groups = [dict(group) for group in state["param_groups"]]
@@ -49,7 +65,7 @@ def unpack(state: dict[str, Any]) -> dict[str, Any]:
     return {**found, **state, "param_groups": groups}
 
 
-#: Entries of a state that have a shape of their own.
+#: Entries of a state that have a shape of their own, and are whole.
 PROJECTED = frozenset({"signal"})
 
 
@@ -78,9 +94,9 @@ def refuse_foreign(
     indices = [index for group in state["param_groups"] for index in group["params"]]
     for number, (index, p) in enumerate(zip(indices, params, strict=False)):
         for key, value in state["state"].get(index, {}).items():
-            if not isinstance(value, Tensor) or not value.ndim:
+            if not isinstance(value, Tensor) or not value.ndim or key in PROJECTED:
                 continue
-            if value.shape != p.shape and value.ndim == p.ndim and key not in PROJECTED:
+            if value.shape != p.shape and value.ndim == p.ndim:
                 raise CurvoptError(
                     f"{key!r} in the state of parameter {number} has shape {list(value.shape)}, "
                     f"and the parameter {list(p.shape)}: the state is one of another model"

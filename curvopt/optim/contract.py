@@ -11,7 +11,7 @@ import torch
 from torch import Generator, Tensor
 
 from curvopt.optim.automatic import Watch
-from curvopt.optim.checkpoint import pack, refuse_foreign, unpack
+from curvopt.optim.checkpoint import PLACES, pack, refuse_foreign, reserve, unpack
 from curvopt.optim.stats import Stats
 from curvopt.parallel.shards import local
 
@@ -108,6 +108,10 @@ class Contract(torch.optim.Optimizer):
             engine["generator"] = self.generator.get_state()
         return pack(super().state_dict() | {"engine": engine})
 
+    def _reserve(self) -> None:
+        """Make places in the first group for what `state_dict` puts there."""
+        reserve(self.param_groups, noise=False)
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As in torch, but state keeps its dtype: float32 also for half-precision parameters.
 
@@ -140,6 +144,7 @@ class Contract(torch.optim.Optimizer):
             setattr(self, name, deepcopy(value))
         if generator is not None and self.generator is not None:
             self.generator.set_state(generator.cpu())
+        self._reserve()
         self._arm()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -198,7 +203,9 @@ class Contract(torch.optim.Optimizer):
         """As in torch, and the settings that all groups share."""
         own = {name: self._setting(name) for name in _arguments(type(self)) - self.defaults.keys()}
         lines = "".join(f"    {name}: {value}\n" for name, value in sorted(own.items()))
-        return f"{super().__repr__()[:-1]}All groups\n{lines})"
+        told = super().__repr__().splitlines(keepends=True)[:-1]
+        told = [line for line in told if line.partition(":")[0].strip() not in PLACES]
+        return f"{''.join(told)}All groups\n{lines})"
 
     def _setting(self, name: str) -> Any:
         """What an argument of the constructor was, or is by now."""

@@ -90,7 +90,7 @@ class Gradients(Joined):
         if not own:
             return False
         with torch._C.DisableTorchFunction():
-            leaves = {id(leaf) for leaf in walk(loss.grad_fn, ())[1]}
+            leaves = {id(leaf) for leaf in walk(loss, ())[1]}
         return not leaves.isdisjoint(own) and leaves.isdisjoint(tape.by_id)
 
     def _note_plain(self) -> None:

@@ -9,14 +9,17 @@ from typing import Any
 import torch
 from torch import Generator, Tensor
 
+from curvopt.engine.checks import check_loss
 from curvopt.engine.computation import Computation
 from curvopt.errors import CurvoptError
+from curvopt.optim.checkpoint import PLACES
 from curvopt.optim.contract import Contract
 from curvopt.parallel.groups import Ranks, token_of
 from curvopt.parallel.reduce import fingerprint
 from curvopt.parallel.shards import cut, is_sharded
 from curvopt.parallel.wrappers import Wrappers
 from curvopt.quantities import Quantity
+from curvopt.recording.parked import WaitingTape
 from curvopt.recording.tape import Tape
 
 Backward = Callable[..., None]
@@ -129,11 +132,31 @@ class Joined(Contract):
             return computation
         except Exception:  # as above; the other processes must hear of it
             if self._ranks.many:
-                if self.goes_backward:
+                # In an ordinary loop `backward()` does not fail, and leaves what it always does.
+                if self.goes_backward and not isinstance(tape, WaitingTape):
                     for p, grad in grads:
                         p.grad = grad
                 self._tell()
             raise
+
+    def _plain(self, loss: Tensor, backward: Callable[[], None]) -> None:
+        """Go backward for the gradient alone, and have the others hear of a loss that is refused.
+
+        They are in the wrapper's collectives, so that this process takes part in them.
+        """
+        try:
+            check_loss(loss)
+        except CurvoptError:
+            if self._ranks.many:
+                grads = [(p, p.grad) for p in self._parameters()]
+                if self._wrappers.wrapped:
+                    with suppress(Exception):
+                        backward()
+                for p, grad in grads:
+                    p.grad = grad
+                self._tell()
+            raise
+        backward()
 
     # -- meeting ----------------------------------------------------------------------------------
 
@@ -199,7 +222,11 @@ class Joined(Contract):
         }
         own.pop("batch_size", None)
         groups = [
-            {k: float(v) if isinstance(v, Tensor) else v for k, v in group.items() if k != "params"}
+            {
+                k: float(v) if isinstance(v, Tensor) else v
+                for k, v in group.items()
+                if k not in ("params", *PLACES)
+            }
             for group in self.param_groups
         ]
         return {"the optimizer": type(self).__name__, "settings": own, "parameter groups": groups}
@@ -211,33 +238,39 @@ class Joined(Contract):
         grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in owners]
         unchanged, count = self._unchanged(), self._ranks.place[1]
         for p, total in zip(owners, self._ranks.sums(grads), strict=True):
-            p.grad = total.div_(count)
+            p.grad = total / count
         if unchanged:
             self._note(recorded=True)
 
     # -- joining ----------------------------------------------------------------------------------
 
-    def _sums(self, values: Mapping[Tensor, Tensor]) -> dict[Tensor, Tensor]:
-        """Sums over the processes of what some of them have, in whole.
+    def _sums(
+        self, values: Mapping[Tensor, Tensor], *, alike: bool = False
+    ) -> dict[Tensor, Tensor]:
+        """Sums over the processes of what some of them have, in whole, to be overwritten.
 
         Args:
             values: by parameter, as the forward pass saw it.
+            alike: they are what was returned here before, overwritten: of the same parameters on
+                all processes, and to be overwritten again.
 
         Returns:
             By parameter of the optimizer; one that a process lacks counts as zero there.
         """
         owner = self._wrappers.shards.owner
         mine = {owner(p): value for p, value in values.items()}
-        params = list(self._parameters())
-        place = {p: index for index, p in enumerate(params)}
-        order = self._ranks.union([place[p] for p in mine], len(params))
-        owners = [params[index] for index in order]
+        owners = list(mine)
+        if not alike:
+            params = list(self._parameters())
+            place = {p: index for index, p in enumerate(params)}
+            order = self._ranks.union([place[p] for p in mine], len(params))
+            owners = [params[index] for index in order]
         wide = [torch.promote_types(p.dtype, torch.float32) for p in owners]
         given = [
             mine[p].to(dtype) if p in mine else torch.zeros(p.shape, dtype=dtype, device=p.device)
             for p, dtype in zip(owners, wide, strict=True)
         ]
-        return dict(zip(owners, self._ranks.sums(given), strict=True))
+        return dict(zip(owners, self._ranks.sums(given, spare=alike), strict=True))
 
     def _shards(self, values: Mapping[Tensor, Tensor]) -> dict[Tensor, Tensor]:
         """Whole tensors cut as their parameters are."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ from curvopt.quantities.base import Context, Quantity
 from curvopt.structures import Structure
 
 Add = Callable[[Sequence[Tensor]], list[Tensor]]
-Join = Callable[[Mapping[Tensor, Tensor]], dict[Tensor, Tensor]]
+Join = Callable[..., dict[Tensor, Tensor]]
 
 
 class Moments(Quantity):
@@ -175,26 +175,34 @@ class Batch:
             sums[p] = total
         return Batch.made(n + m, self.loss + other.loss, sums, scatter)
 
-    def over(self, count: int, add: Add, join: Join) -> Batch:
+    def over(self, count: int, add: Add, join: Join, *, keep: bool) -> Batch:
         """The batches of several processes as one; its loss is the mean of theirs.
 
         Args:
             count: the number of processes.
             add: gives sums of tensors over them.
-            join: the same of what only some of them may have, by parameter.
+            join: the same of what only some of them may have, by parameter; ``alike`` if all do.
+            keep: `sums` are wanted; else the batch has none.
         """
-        sizes = torch.tensor([self.samples], dtype=torch.float64, device=self.loss.device)
-        samples, loss = add([sizes, self.loss])
+        own = torch.stack([torch.full_like(self.loss, self.samples), self.loss]).double()
+        samples, loss = add([own])[0]
         n = round(samples.item())
-        sums = {p: total.div_(count) for p, total in join(self.sums).items()}
-        parts = {}
-        for p, total in sums.items():
-            if p not in self.sums:
-                parts[p] = (total / n).square_().mul_(self.samples)
-            elif self.samples:
-                apart = self.sums[p] / (count * self.samples) - total / n
-                parts[p] = self.scatter[p] / count**2 + apart.square_().mul_(self.samples)
-        return Batch.made(n, loss / count, sums, join(parts))
+        parts = join(self.sums)  # count times the sums over all, overwritten below: they are large
+        norms = squared_norms(parts.values()) / count**2
+        sums = {p: part / count for p, part in parts.items()} if keep else {}
+        for p, part in parts.items():
+            if not self.samples:
+                part.zero_()
+                continue
+            part.mul_(-self.samples / n)
+            if p in self.sums:
+                part.add_(self.sums[p])
+            part.square_().mul_(1 / (self.samples * count**2))
+            if p in self.sums:
+                part.add_(self.scatter[p], alpha=1 / count**2)
+        batch = Batch.made(n, (loss / count).to(self.loss), {}, join(parts, alike=True))
+        batch.sums, batch.norms = sums, norms
+        return batch
 
 
 def guessed(grad: Tensor, b: Tensor, t: int, mu: float) -> Tensor:

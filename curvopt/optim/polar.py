@@ -70,9 +70,9 @@ class PolarOptimizer(Scheduled):
     root mean square lr gamma; the curvature is measured for them alone, and only if there are any.
 
     When not to use it: where a step is a matter of microseconds; with layers both wide and fed by
-    more rows (tokens) than they are wide, above some 500, whose factor costs as much as Muon's; on
-    one that is sharded over processes, which is refused. Where samples are coupled, by batch norm
-    in training mode or a contrastive loss, there are no rows, and all factors are had from Gram
+    more rows (tokens) than they are wide, above some 500, whose factor costs as much as Muon's (on
+    every process, also where layers are sharded). Where samples are coupled, by batch norm in
+    training mode or a contrastive loss, there are no rows, and all factors are had from Gram
     matrices; with tables such passes are refused.
 
     Args:
@@ -92,7 +92,8 @@ class PolarOptimizer(Scheduled):
         generator: source of the measurement's signs; torch's global one by default.
         maximize: ascend instead of descend.
         process_group: the processes of a step, where nothing wraps the model: their gradients are
-            averaged in `step`. Default: those of the wrapper.
+            averaged in `step`. Default: those of the wrapper (``DistributedDataParallel``,
+            ``fully_shard``).
         batch_size: number of samples, where the data flow leaves two readings; checked against it.
         reduction: ``"mean"`` or ``"sum"``: what a sample's own loss is where a sum is scaled by
             something that may be a count: N times its part of the loss, or its part.
@@ -103,7 +104,7 @@ class PolarOptimizer(Scheduled):
 
     Raises:
         ValueError: a setting is out of range.
-        CurvoptError: in `step`: a gradient is not finite, sparse, or sharded; the rows cannot be
+        CurvoptError: in `step`: a gradient is not finite, or sparse; the rows cannot be
             found; parameters, gradients and state are as before.
 
     Example:
@@ -115,8 +116,9 @@ class PolarOptimizer(Scheduled):
     Note:
         State is one number per parameter, and three for tables. Several backward passes before a
         step are one batch, and so are the batches of several processes: the factor is that of the
-        gradient that DistributedDataParallel has averaged. The rows of all processes are gathered,
-        n (O + I) numbers, where they are still few.
+        gradient that the wrapper has averaged. The rows of all processes are gathered, n (O + I)
+        numbers, where they are still few. Under ``fully_shard`` the gradient of one matrix at a
+        time is gathered as well, and its momentum is a shard.
 
         Measured with the defaults, two seeds and one thread of a busy machine: a deep autoencoder
         (784-1000-500-250-30 and back, tanh) is below a loss of 120 after 20 steps and 1.4 s (Muon
@@ -134,6 +136,7 @@ class PolarOptimizer(Scheduled):
     """
 
     saved: ClassVar[tuple[str, ...]] = ("steps", "waiting", "failed")
+    takes_shards = True
     failed = 0
 
     def __init__(
@@ -223,7 +226,8 @@ class PolarOptimizer(Scheduled):
         """Records the parameters of which something is wanted: the others cost nothing."""
         if self._looks():
             return super()._tape()
-        wanted = {id(p) for part in self._measured() for p in part}
+        seen = self._wrappers.shards.of
+        wanted = {id(seen(p)) for part in self._measured() for p in part}
         named = [(name, p) for name, p in self._tracked() if id(p) in wanted]
         tape = Tape(named, batch_size=self.batch_size)
         # Parameters also where no function is seen to use them: in scripted code.
@@ -234,15 +238,17 @@ class PolarOptimizer(Scheduled):
         self, computation: Computation, quantities: list[Quantity], backward: Backward
     ) -> None:
         values: dict[str, Any] = {}
+        owner = self._wrappers.shards.owner
+        tracked = [owner(p) for p in computation.tape.params]
         computation.covered_only = True  # a matrix is stepped by its gradient where rows are dear
         if not self._finds_samples(computation):
             backward()
-            self.collected.append({"tables": dict.fromkeys(computation.tape.params, False)})
+            self.collected.append({"tables": dict.fromkeys(tracked, False)})
             return
         sketches = [quantity for quantity in quantities if isinstance(quantity, Diagonal)]
         if self._looks():
-            kinds = {p: is_table(p, s) for p, s in computation.outline().items()}
-            values["tables"] = dict.fromkeys(computation.tape.params, False) | kinds
+            kinds = {owner(p): is_table(p, s) for p, s in computation.outline().items()}
+            values["tables"] = dict.fromkeys(tracked, False) | kinds
             if any(kinds.values()):
                 sketches = [Diagonal(generator=self._own_draws(self.generator))]
         if sketches:
@@ -251,7 +257,7 @@ class PolarOptimizer(Scheduled):
             with computation.watching(quantities[-1:], values):
                 backward(computation.derives)
             structures = values.pop(Structures.field)
-            values["rows"] = {p: rows_of(s) for p, s in structures.items() if p.ndim == 2}
+            values["rows"] = {owner(p): rows_of(s) for p, s in structures.items() if p.ndim == 2}
         else:
             backward()
         self.collected.append(values)
@@ -281,18 +287,21 @@ class PolarOptimizer(Scheduled):
         ]
 
     def _join(self) -> None:
-        """Curvature is the mean of the processes', rows are put one after the other."""
+        """Curvature is the mean of the processes', rows are put one after the other.
+
+        A process whose samples are coupled has neither, and takes part all the same.
+        """
         params, count = [*self._parameters()], self._ranks.place[1]
         for values in self.collected:
-            if "tables" in values:
-                mine = [index for index, p in enumerate(params) if values["tables"].get(p)]
-                tables = [params[index] for index in self._ranks.union(mine, len(params))]
-                values["tables"] |= dict.fromkeys(tables, True)
+            tables = values.setdefault("tables", {})
+            mine = [index for index, p in enumerate(params) if tables.get(p)]
+            found = [params[index] for index in self._ranks.union(mine, len(params))]
+            tables |= dict.fromkeys(found, True)
             totals = self._sums(values.get(Diagonal.field, {}))
             if totals:
-                values[Diagonal.field] = {p: total.div_(count) for p, total in totals.items()}
-            if "rows" in values:
-                values["rows"] = gathered(values["rows"], params, self._ranks)
+                means = {p: total.div_(count) for p, total in totals.items()}
+                values[Diagonal.field] = self._shards(means)
+            values["rows"] = gathered(values.get("rows", {}), params, self._ranks)
 
     def _stats(self) -> stats.Stats:
         return stats.polar(self.param_groups, self.state)
@@ -308,7 +317,7 @@ class PolarOptimizer(Scheduled):
                 if p.grad is None or not p.numel():
                     continue
                 check_dense(p, self._name)
-                state = dict(self.state[p]) if p in self.state else self._first_state(p)
+                state = dict(self.state[p]) if p in self.state else self._first_state(p, group)
                 (unmeasured.discard if state else unmeasured.add)(p)
                 if not state:
                     continue  # it takes part for the first time: looked at next
@@ -337,17 +346,21 @@ class PolarOptimizer(Scheduled):
             "loaded by torch.distributed.checkpoint (loading overwrites what the step did)"
         )
 
-    def _first_state(self, p: Tensor) -> dict[str, Any]:
+    def _first_state(self, p: Tensor, group: dict[str, Any]) -> dict[str, Any]:
         """The state of a parameter that takes its first step; {} as long as its kind is unknown."""
         curvature, tables = self._found(p, Diagonal.field), self._found(p, "tables")
         # Contiguous, so that it is a matrix without being copied.
         dtype = torch.promote_types(p.dtype, torch.float32)
-        m = torch.zeros(p.shape, dtype=dtype, device=p.device)
+        m = torch.zeros_like(p, dtype=dtype, memory_format=torch.contiguous_format)
+        state: dict[str, Any] = {"step": 0, "momentum_buffer": m}
         if curvature:
-            return {"step": 0, "weight": 0.0, "momentum_buffer": m, "curvature": m.clone()}
-        if p.ndim < 2 or (tables and not any(tables)):
-            return {"step": 0, "momentum_buffer": m}
-        return {}
+            state |= {"weight": 0.0, "curvature": m.clone()}
+        elif p.ndim > 1 and (any(tables) or not tables):
+            return {}
+        # All that is to come: what a checkpoint is read into has to be there.
+        if group["momentum"] and group["adaptation"]:
+            state |= dict.fromkeys(("energy", "energy_weight", "log_rate"), 0.0)
+        return state
 
 
 class Diagonal(DiagGGNMC):

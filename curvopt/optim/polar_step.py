@@ -16,6 +16,7 @@ from curvopt.optim.polar_factor import by_factors, polar, polar_of_rows
 from curvopt.optim.rate import adapt
 from curvopt.optim.state import held, sides
 from curvopt.parallel.groups import Ranks
+from curvopt.parallel.shards import cut, is_sharded, local, whole
 from curvopt.structures import Outer, Structure
 
 # Numbers of a gradient's random projection, along each axis, that the rate is led by.
@@ -112,6 +113,8 @@ def check_dense(p: Tensor, name: Callable[[Tensor], str]) -> None:
 class Matrix:
     """What one step does to a matrix, or to a vector as one of a single column.
 
+    Where processes have parts of it, each finds the factor of the whole, and moves its part.
+
     Args:
         p: the parameter.
         state: a copy of its state, whose numbers are made those to come.
@@ -122,6 +125,7 @@ class Matrix:
     Attributes:
         signal: the random projection of the gradient.
         factor: of the momentum, in the step.
+        m: the momentum.
         left: and `right`, ``[O, n]`` and ``[n, I]``: the polar factor's own factors.
         u: or the polar factor.
         failed: the rows had no Cholesky factor.
@@ -137,21 +141,36 @@ class Matrix:
     ):
         self.p, self.state, self.shape, self.factor = p, state, sides(p), 0.0
         m = held(state, "momentum_buffer", p, name)
-        if not m.is_contiguous():  # as somebody made it
+        if not local(m).is_contiguous():  # as somebody made it
             m = state["momentum_buffer"] = m.contiguous()
-        self.m = m.view(self.shape)
-        assert p.grad is not None
-        self.grad = p.grad.reshape(self.shape).to(m.dtype)
+        self.m = local(m)
+        self.grad = whole(p.grad).reshape(self.shape).to(m.dtype)
         if rows is not None:
             state["rows"] = rows.number
         self.left = self.right = self.u = cast(Tensor | None, None)
         self.failed = False
         try:
             if rows is None or rows.factors is None or not self._by(*rows.factors, eps):
-                self.u = polar(self.grad, eps)
+                self.u = polar(self.grad, eps).view(p.shape)
                 self.signal = self._projected()
         except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]  # public, untyped
             raise CurvoptError(f"the gradient of {name(p)} is not finite") from error
+        del self.grad  # of a part's, the whole is in memory no longer than needed
+        self._cut()
+
+    def _cut(self) -> None:
+        """Keep of the factor what moves this process's part."""
+        if self.left is None or self.right is None:
+            self.u = local(cut(cast(Tensor, self.u), self.p))
+        elif is_sharded(self.p):
+            placements: Any = self.p.placements  # type: ignore[attr-defined]
+            if all(placement.is_replicate() or placement.is_shard(0) for placement in placements):
+                self.left = local(cut(self.left, self.p))
+            else:
+                self.u = local(cut((self.left @ self.right).view(self.p.shape), self.p))
+                self.left = self.right = None
+        if self.left is not None and self.right is not None:
+            self.m = self.m.view(len(self.left), self.right.shape[1])
 
     def _by(self, left: Tensor, right: Tensor, eps: float) -> bool:
         """Go by the rows, if they are the cheaper way and their product is the gradient."""
@@ -262,9 +281,10 @@ class MatrixPlan:
                 info = torch.finfo(move.m.dtype)
                 torch.hardshrink(move.m, info.tiny / info.eps, out=move.m)
             states[move.p].update(move.state)
+            weights = local(move.p)
             if self.shrink != 1:
-                move.p.mul_(self.shrink)
-            move.p.add_(move.m.view(move.p.shape), alpha=move.factor)
+                weights.mul_(self.shrink)
+            weights.add_(move.m.view(weights.shape), alpha=move.factor)
 
 
 def _rounded(values: Tensor) -> float:

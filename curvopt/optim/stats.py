@@ -117,8 +117,10 @@ def polar(groups: list[dict[str, Any]], states: Any) -> Stats:
     moved = [
         (p, g, states[p]) for g in groups for p in g["params"] if "signal" in states.get(p, ())
     ]
-    rows = [[square(wide(s["momentum_buffer"])), square(wide(s["signal"]))] for _, _, s in moved]
-    sums = fetched([p for p, _, _ in moved], rows)
+    parts = [[square(wide(state["momentum_buffer"]))] for _, _, state in moved]
+    whole = [[square(wide(state["signal"]))] for _, _, state in moved]  # all processes have it
+    momenta = fetched([p for p, _, _ in moved], parts)
+    sums = [(m, mean) for (m,), (mean,) in zip(momenta, fetched([], whole), strict=True)]
     rate, signal, step = (known.tensors.get(k, {}) for k in ("rate", "signal", "step_rms"))
     for (p, group, state), (m, mean) in zip(moved, sums, strict=True):
         corrected = 1 / (1 - group["momentum"] ** state["step"])

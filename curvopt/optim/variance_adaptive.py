@@ -192,7 +192,8 @@ class VarianceAdaptiveSGD(EngineOptimizer):
     def _join(self) -> None:
         (batch,) = self.collected
         count, add = self._ranks.place[1], self._ranks.sums
-        batch = batch.over(count, add, self._sums) if count > 1 else batch
+        if count > 1:
+            batch = batch.over(count, add, self._sums, keep=not self._unchanged())
         batch.sums, batch.scatter = self._shards(batch.sums), self._shards(batch.scatter)
         self.collected[:] = [batch]
 
@@ -200,7 +201,7 @@ class VarianceAdaptiveSGD(EngineOptimizer):
 
     def _update(self) -> None:
         batch = self.collected[0] or None  # {} after a plain backward pass
-        if batch and not batch.sums:  # nothing was due
+        if batch and not batch.scatter:  # nothing was due
             batch = None
         n = batch.samples if batch else self.samples
         scale = n * n / (n - 1) if batch and n > 1 else 1.0

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from curvopt.errors import CurvoptError
-from curvopt.parallel.reduce import add_up
+from curvopt.parallel.reduce import add_up, totals
 
 #: Numbers that one process tells the others in `Ranks.meet`, beside its settings.
 NUMBERS = 2
@@ -82,6 +82,11 @@ class Ranks:
             raise self._differ(told)
         return [one[2 : 2 + len(numbers)] for one in found]
 
+    def some(self, flag: bool) -> bool:
+        """Whether a process says so, or called `fail` instead."""
+        mine = [1, 0, int(flag), *[0] * (NUMBERS - 1)]
+        return any(one[2] or not one[0] for one in self._gather(mine))
+
     def fail(self) -> None:
         """Say in place of `meet` that this process cannot take the step."""
         if self.many:
@@ -144,14 +149,17 @@ class Ranks:
         parts = [part[:count] for part, count in zip(found, counts, strict=True)]
         return torch.cat(parts).to(values.device)
 
-    def sums(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """The sums over all processes, the same on each."""
-        totals = [
-            tensor.detach().clone(memory_format=torch.contiguous_format) for tensor in tensors
-        ]
-        if self.many:
-            add_up(totals, lambda flat: dist.all_reduce(flat, group=self.group))
-        return totals
+    def sums(self, tensors: Sequence[Tensor], *, spare: bool = False) -> list[Tensor]:
+        """The sums over all processes, the same on each; contiguous, and to be overwritten.
+
+        Args:
+            tensors: of this process.
+            spare: they may be overwritten.
+        """
+        given = [tensor.detach() for tensor in tensors]
+        if not self.many:
+            return [t.clone(memory_format=torch.contiguous_format) for t in given]
+        return totals(given, lambda flat: dist.all_reduce(flat, group=self.group), spare=spare)
 
     def sum_on_first(self, tensors: Sequence[Tensor]) -> None:
         """Add up contiguous tensors on the first process, in place; elsewhere they are used up."""

@@ -32,6 +32,40 @@ def add_up(tensors: Sequence[Tensor], collective: Callable[[Tensor], Any]) -> No
         torch._foreach_copy_(bucket, [p.view_as(t) for p, t in zip(parts, bucket, strict=True)])
 
 
+def totals(
+    tensors: Sequence[Tensor], collective: Callable[[Tensor], Any], *, spare: bool = False
+) -> list[Tensor]:
+    """The same on copies, which are returned; those that share a message share their memory.
+
+    Args:
+        tensors: as in `add_up`, contiguous or not.
+        collective: as there.
+        spare: the tensors may be overwritten, which saves a copy of what was returned before.
+    """
+    found: dict[int, Tensor] = {}
+    for bucket in _buckets(tensors):
+        flat = _shared(bucket) if spare else None
+        if flat is None:
+            flat = torch.cat([tensor.reshape(-1) for tensor in bucket])
+        collective(flat)
+        parts = flat.split([tensor.numel() for tensor in bucket])
+        found |= {id(t): p.view(t.shape) for p, t in zip(parts, bucket, strict=True)}
+    return [found[id(t)] if t.numel() else t.clone() for t in tensors]
+
+
+def _shared(bucket: list[Tensor]) -> Tensor | None:
+    """The flat tensor of which these are the parts, one after the other; None if there is none."""
+    first, end = bucket[0], 0
+    storage = first.untyped_storage()
+    for tensor in bucket:
+        same = tensor.untyped_storage().data_ptr() == storage.data_ptr()
+        if not (same and tensor.is_contiguous() and tensor.storage_offset() == end):
+            return None
+        end += tensor.numel()
+    whole = storage.nbytes() == end * first.element_size()
+    return first.as_strided((end,), (1,), 0) if whole else None
+
+
 def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
     kinds: dict[Any, list[Tensor]] = defaultdict(list)
     for tensor in tensors:
@@ -49,17 +83,26 @@ def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
         yield bucket
 
 
+def _words(tensor: Tensor) -> Tensor:
+    """The sum of words of eight bytes, the fastest to add, and of what is left over."""
+    flat = tensor.contiguous().view(-1)
+    size = flat.element_size()
+    if size > 8:  # complex numbers
+        return _words(torch.view_as_real(flat))
+    if flat.data_ptr() % 8 or flat.storage_offset() * size % 8:
+        flat = flat.clone()
+    length = len(flat) - len(flat) % (8 // size)
+    rest = flat[length:].view(_WHOLE[size]).sum(dtype=torch.int64)
+    return flat[:length].view(torch.int64).sum() + rest
+
+
 def fingerprint(tensors: Iterable[Tensor | None]) -> tuple[int | None, ...]:
     """Numbers that are equal for equal bits, on every device; None for None.
 
     Each is the sum of a tensor's words as integers, which no order of adding can change.
     """
     given = list(tensors)
-    words = [
-        t.detach().contiguous().view(_WHOLE[t.element_size()]).sum(dtype=torch.int64)
-        for t in given
-        if t is not None
-    ]
+    words = [_words(t.detach()) for t in given if t is not None]
     # Fetched from their device at once.
     numbers = iter(torch.stack([w.to(words[0].device) for w in words]).tolist() if words else [])
     return tuple(None if t is None else next(numbers) for t in given)

@@ -7,7 +7,7 @@ for it. What is measured of those is summed over the processes and cut like the 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -66,6 +66,11 @@ def cut(whole: Tensor, p: Any) -> Tensor:
     return made.redistribute(placements=p.placements)
 
 
+def whole(tensor: Any) -> Any:
+    """All of a tensor, gathered from the processes that have parts of it."""
+    return tensor.full_tensor() if is_sharded(tensor) else tensor
+
+
 def over_shards(rows: Tensor, params: Sequence[Any]) -> Tensor:
     """Sums of this process's parts, made those of whole tensors, in place.
 
@@ -111,20 +116,21 @@ class Shards:
         """
         with torch._C.DisableTorchFunction(), tape.trace.paused(), torch.no_grad():
             module.unshard()
-            known = module in self.modules
             self.modules[module] = None
-            for param in () if known else params_of(module):
-                p, whole = param.sharded_param, param.unsharded_param
-                if id(p) not in tape.by_id:
+            for param in params_of(module):
+                p, seen = param.sharded_param, param.unsharded_param
+                if p in self.whole or not tape.exchange(p, seen):
                     continue
-                if is_sharded(whole):
-                    raise CurvoptError(tensor_parallel(tape.name(p)))
-                self.whole[p], self.shard[whole] = whole, p
-                tape.exchange(p, whole)
+                if is_sharded(seen):
+                    raise CurvoptError(tensor_parallel(tape.name(seen)))
+                self.whole[p], self.shard[seen] = seen, p
 
     def of(self, p: Tensor) -> Tensor:
         """What the forward pass sees of a parameter, as far as is known."""
-        return self.whole.get(p, p)
+        seen = self.whole.get(p, p)
+        if seen.requires_grad != p.requires_grad:  # which the forward pass sees to later
+            seen.requires_grad_(p.requires_grad)
+        return seen
 
     def owner(self, tensor: Tensor) -> Tensor:
         """The optimizer's parameter behind what a forward pass saw."""
@@ -138,13 +144,14 @@ class Shards:
     @property
     def mesh(self) -> Any:
         """The mesh of the shards."""
-        meshes = {id(mesh): mesh for p in self.whole for mesh in [p.device_mesh]}  # type: ignore[attr-defined]
+        # Equal ones are one: slicing a mesh makes a new object each time.
+        meshes = {p.device_mesh: None for p in self.whole}  # type: ignore[attr-defined]
         if len(meshes) > 1:
             raise CurvoptError(
                 "the parameters are sharded over several meshes, so the processes of a step are "
                 "not known: give process_group="
             )
-        return next(iter(meshes.values()), None)
+        return next(iter(meshes), None)
 
 
 def groups_of(module: Any) -> Iterable[Any]:
@@ -158,6 +165,15 @@ def groups_of(module: Any) -> Iterable[Any]:
 def params_of(module: Any) -> Iterable[Any]:
     """What a module has divided, torch's ``FSDPParam``."""
     return [param for group in groups_of(module) for param in group.fsdp_params]
+
+
+def parameters_of(module: nn.Module) -> Iterator[Tensor]:
+    """A module's parameters, those that are divided also while it shows whole ones."""
+    yield from module.parameters()
+    fsdp: Any = sys.modules.get("torch.distributed.fsdp")
+    for part in module.modules() if fsdp is not None else ():
+        if isinstance(part, fsdp.FSDPModule):
+            yield from (param.sharded_param for param in params_of(part))
 
 
 def tensor_parallel(name: str) -> str:

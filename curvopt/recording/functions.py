@@ -91,6 +91,20 @@ def in_reentrant_checkpoint() -> bool:
     return frame is not None
 
 
+def in_ddp_sink() -> bool:
+    """Whether DistributedDataParallel hands on an output of its model: a copy, with its gradient.
+
+    It does so in an autograd function of its own, with unused parameters or a static graph.
+    """
+    distributed = sys.modules.get("torch.nn.parallel.distributed")
+    sink = getattr(distributed, "_DDPSink", None)
+    code = None if sink is None else sink.forward.__code__
+    frame: types.FrameType | None = sys._getframe(1)
+    while code is not None and frame is not None and frame.f_code is not code:
+        frame = frame.f_back
+    return code is not None and frame is not None
+
+
 # Losses that give the same value with either tensor first.
 SYMMETRIC: frozenset[Function] = frozenset([F.mse_loss, F.l1_loss, F.smooth_l1_loss, F.huber_loss])
 

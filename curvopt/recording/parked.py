@@ -246,6 +246,7 @@ class WaitingTape(Tape):
         """
         if not isinstance(loss, Tensor) or loss.grad_fn is None:
             return False
+        self.park()  # what a module has done so far that goes backward by itself
         node: Any
         nodes: dict[Kept, dict[int, Any]] = {}
         twice = earlier = False

@@ -9,7 +9,8 @@ default device lies too, and are taken out from there.
 from __future__ import annotations
 
 import sys
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from typing import Any, cast
 
 import torch
@@ -18,6 +19,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _python_dispatch as dispatch
 from torch.utils._device import DeviceContext
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from curvopt.axes.trace import Trace
 
 # What torch remembers beside its stack of dispatch modes, and each mode of the time before it.
 _FLAGS = {
@@ -77,6 +80,16 @@ UNCOMPILED = Uncompiled()
 def infra_modes() -> bool:
     """Whether torch itself is tracing: what runs are no numbers."""
     return len(_users()) < len(dispatch._get_current_dispatch_mode_stack())
+
+
+@contextmanager
+def untraced() -> Iterator[None]:
+    """Leave what runs inside out of every recording: a step is no part of a pass."""
+    if not any(isinstance(mode, Trace) for mode in _users()):
+        yield
+        return
+    with dispatch._disable_current_modes():
+        yield
 
 
 def _users() -> list[Any]:

@@ -102,13 +102,25 @@ class Tape(Modules, Losses, TorchFunctionMode):
         self.given = set()
         self.spent: set[Any] = set()
 
-    def exchange(self, before: Tensor, after: Tensor) -> None:
-        """Track a tensor in the place of a parameter of which no use was recorded so far."""
+    def exchange(self, before: Tensor, after: Tensor) -> bool:
+        """Track a tensor in the place of a parameter of which no use was recorded so far.
+
+        Returns:
+            Whether the parameter was one of the tape's, tracked or not.
+        """
+        silent = self.record.silent
+        if before not in self.names:
+            places = [k for k, tensor in enumerate(silent) if tensor is before]
+            for k in places:
+                silent[k] = after
+            return bool(places)
         self.names = {after if p is before else p: name for p, name in self.names.items()}
         self.params = [p for p in self.names if p.requires_grad]
         self.by_id = {id(p): p for p in self.params}
         self.shared.pop(id(before), None)
-        self.shared[id(after)] = Shared(after, after._version, frozenset([id(after)]), True)
+        if after.requires_grad:
+            self.shared[id(after)] = Shared(after, after._version, frozenset([id(after)]), True)
+        return True
 
     def consume(self, calls: Iterable[Call]) -> None:
         """Retire calls that a backward pass went over; a second pass over them is an error."""
@@ -152,6 +164,8 @@ class Tape(Modules, Losses, TorchFunctionMode):
         if special is not None:
             return getattr(self, special)(func, args, kwargs)
         output = func(*args, **kwargs)
+        if func is Tensor.clone and not torch.is_grad_enabled() and known.in_ddp_sink():
+            self.trace.carries_gradient()
         if all_shared:
             if tensors or func not in known.RANDOM:
                 self._share(output, frozenset(), False, made=made or not tensors)

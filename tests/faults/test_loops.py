@@ -792,6 +792,38 @@ def test_results_written_into_an_empty_tensor():
     refused(family[1])
 
 
+# Batches of new shapes.
+
+
+@pytest.mark.parametrize(
+    ("make", "passes"),
+    [
+        (lambda params: curvopt.DPSGD(params, 0.1, **PRIVATE), 2),  # the loss's, the model's
+        (lambda params: curvopt.DiagGGNOptimizer(params, curvature_every=1), 2),
+        (lambda params: curvopt.VarianceAdaptiveSGD(params, variance_every=1), 1),
+        (curvopt.PolarOptimizer, 1),
+    ],
+    ids="dp_sgd diag_ggn variance_adaptive polar".split(),
+)
+@pytest.mark.filterwarnings("ignore:a batch has:UserWarning")
+def test_a_batch_of_a_new_shape_takes_no_more_backward_passes(make, passes, monkeypatch):
+    net, counted = network(), []
+    opt = make(net.parameters())
+    engine = torch.autograd.graph._engine_run_backward
+
+    def counting(*args, **kwargs):
+        counted.append(1)
+        return engine(*args, **kwargs)
+
+    for module in (torch.autograd, torch.autograd.graph):
+        monkeypatch.setattr(module, "_engine_run_backward", counting)
+    for n in (8, 8, 7, 6, 5, 8):
+        x, y = torch.randn(n, D), torch.randint(C, (n,))
+        counted.clear()
+        opt.step(lambda x=x, y=y: ce(net(x.to(net[0].weight)), y))
+        assert len(counted) == passes, n
+
+
 # N = 0.
 
 

@@ -828,6 +828,31 @@ def test_last_batch_of_one_squeezed_in_steps(situation, optimizer):
     same_gradient(situation, optimizer)
 
 
+CUTS = {
+    "label": lambda net, row, x, y: ce(net(row), y[3:4]),
+    "label-by-index": lambda net, row, x, y: ce(net(row), y[torch.tensor([3])]),
+    "both": lambda net, row, x, y: ce(net(x[3:4]), y[3:4]),
+    "target": lambda net, row, x, y: F.mse_loss(net(row), x[3:4, :C]),
+}
+
+
+@pytest.mark.parametrize("cut", CUTS.values(), ids=CUTS)
+def test_a_last_batch_of_one_whose_label_is_cut_in_the_pass(cut):
+    """The loss sees one of many labels, and the data have a size of 1 in front."""
+    net, (x, y) = network(), batch()
+    row, params = x[3:4].clone(), list(net.parameters())
+    expected = torch.autograd.grad(cut(net, row, x, y), params)
+    result = curvopt.compute(lambda: cut(net, row, x, y), params, curvopt.BatchGrad())
+    for p, grad in zip(params, expected, strict=True):
+        assert result.batch_grad[p].shape == (1, *p.shape)
+        torch.testing.assert_close(result.batch_grad[p][0], grad)
+    opt = curvopt.DPSGD(
+        params, 0.1, noise_multiplier=0.0, max_grad_norm=CLIP, expected_batch_size=1
+    )
+    opt.step(lambda: cut(net, row, x, y))
+    assert sum(float(p.grad.square().sum()) for p in params) ** 0.5 <= CLIP * (1 + 1e-6)
+
+
 # Micro-batches.
 
 

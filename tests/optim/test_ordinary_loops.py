@@ -555,6 +555,42 @@ def test_generator_and_critic(make):
         torch.testing.assert_close(p, q, rtol=1e-12, atol=1e-12)
 
 
+class Steps(nn.Module):
+    """Two networks and their optimizers, whose whole step is one call, as wrappers make it."""
+
+    def __init__(self, makers):
+        super().__init__()
+        torch.manual_seed(0)
+        self.nets = nn.ModuleList([nn.Linear(D, D).double(), nn.Linear(D, C).double()])
+        self.opts = [make(net.parameters()) for make, net in zip(makers, self.nets, strict=True)]
+
+    def forward(self, x, y):
+        first, second = self.nets
+        ce(second(first(x).detach()), y).backward()
+        self.opts[1].step()
+        self.opts[1].zero_grad()
+        ce(second(first(x)), C - 1 - y).backward()
+        self.opts[0].step()
+        self.opts[0].zero_grad()
+        second.zero_grad()
+
+
+@pytest.mark.parametrize("other", [None, torch.optim.Adam])
+@every
+def test_a_whole_step_inside_of_a_module(make, other):
+    """As by the same lines outside of it: what one optimizer does is no pass of the other's."""
+    ends = []
+    for inside in (True, False):
+        steps = Steps([make, other or make])
+        for k in range(5):
+            torch.manual_seed(k)
+            (steps if inside else steps.forward)(*batch(k))
+            assert modes() == ([], [])
+        ends.append(params_of(steps))
+    for p, q in zip(*ends, strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-12, atol=1e-12)
+
+
 # What happens meanwhile.
 
 

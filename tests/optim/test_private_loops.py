@@ -344,6 +344,35 @@ def test_a_penalty_is_neither_clipped_nor_divided():
         assert_close(p.grad, 20 * q.detach(), 1e-6)
 
 
+class Tempered(nn.Module):
+    """Logits times a temperature, which a penalty may hold as well."""
+
+    def __init__(self):
+        super().__init__()
+        self.model, self.log = network(), nn.Parameter(torch.zeros((), dtype=torch.float64))
+
+    def forward(self, x):
+        self.temperature = self.log.exp()
+        return self.model(x) * self.temperature
+
+
+@pytest.mark.parametrize(
+    "joined",
+    [
+        lambda ce, t: ce + t,
+        lambda ce, t: torch.stack([ce, t]).sum(),
+        lambda ce, t: 2 * (ce / 2 + t),
+    ],
+)
+def test_nothing_of_the_samples_comes_by_a_value_that_a_penalty_shares_with_the_model(joined):
+    model = Tempered()
+    opt = private(model.parameters(), "none", max_grad_norm=1e-9, expected_batch_size=N)
+    x, y = data().tensors
+    opt.step(lambda: joined(F.cross_entropy(model(10 * x), y), model.temperature))
+    weight = joined(torch.zeros(()), torch.ones(()))
+    assert_close(model.log.grad, weight.double(), 1e-6)  # the derivative of exp(0), no sample's
+
+
 @pytest.mark.parametrize(
     ("term", "match"),
     [

@@ -63,6 +63,80 @@ def test_transformer(optimizer):
     cases.compare(optimizer, ddp(), cases.Transformer, tokens=True, steps=7)
 
 
+class WithLoss(nn.Module):
+    """As the models of transformers: it returns its loss, and what else there is."""
+
+    def __init__(self):
+        super().__init__()
+        self.model = cases.mlp()
+        self.unused = nn.Linear(2, 2)
+
+    def forward(self, x, y):
+        logits = self.model(x)
+        loss = F.cross_entropy(logits, y)
+        return {"labels": y, "count": len(x), "logits": logits, "loss": loss, "more": None}
+
+
+@pytest.mark.parametrize("wrapper", ["ddp", "static_graph", "unused"])
+@pytest.mark.parametrize("optimizer", ["ggn_exact", "variance_adaptive", "polar", "dp_sgd"])
+@ranks()
+def test_models_that_return_their_loss(optimizer, wrapper):
+    """Which some modes of the wrapper hand on through a function of their own."""
+    make = cases.OPTIMIZERS[optimizer]
+    reference, model = WithLoss().double(), WithLoss().double()
+    if wrapper == "ddp":
+        reference.unused, model.unused = nn.Identity(), nn.Identity()
+    one = make(reference.parameters(), process_group=alone())
+    many, wrapped = make(model.parameters()), WRAPPERS[wrapper](model)
+    for k, (x, y) in enumerate(cases.batches()):
+        for opt, net, batch in ((one, reference, (x, y)), (many, wrapped, part(x, y))):
+            opt.zero_grad()
+            with nullcontext() if k % 3 and opt.goes_backward else opt.record():
+                net(*batch)["loss"].backward()
+            opt.step()
+    if optimizer == "polar":
+        assert one.state[reference.model[0].weight]["rows"] == N
+        assert many.state[model.model[0].weight]["rows"] == N
+    same_everywhere(cases.weights(model))
+    for p, expected in zip(model.parameters(), reference.parameters(), strict=True):
+        assert_close(p, expected, 1e-12)
+
+
+@ranks()
+def test_quantities_of_a_loss_that_is_handed_on():
+    """Each output by itself: what else the model returns is no part of the loss."""
+    model = WithLoss().double()
+    wrapped = WRAPPERS["unused"](model)
+    x, y = part(*next(cases.batches(1)))
+    found = curvopt.compute(
+        lambda: wrapped(x, y)["loss"] / 3, model.named_parameters(), curvopt.BatchGrad()
+    )
+    for name, p in model.model.named_parameters():
+        rows = [
+            torch.autograd.grad(model(a, b)["loss"] / 3, p)[0]
+            for a, b in zip(x.split(1), y.split(1), strict=True)
+        ]
+        assert_close(found.batch_grad[f"model.{name}"], torch.stack(rows), 1e-12)
+
+
+@ranks()
+def test_what_a_wrapper_hands_on_is_still_checked():
+    """Samples that meet in the model do so behind the wrapper's function too."""
+
+    class Coupled(WithLoss):
+        def forward(self, x, y):
+            logits = self.model(x)
+            return F.cross_entropy(logits - logits.mean(0), y)
+
+    for name in ("ggn_exact", "variance_adaptive", "dp_sgd"):
+        model = Coupled()
+        opt = cases.OPTIMIZERS[name](model.parameters())
+        wrapped = WRAPPERS["unused"](model)
+        x, y = part(*next(cases.batches(1)))
+        with pytest.raises(curvopt.CurvoptError, match="not separate"):
+            opt.step(lambda wrapped=wrapped, x=x, y=y: wrapped(x.float(), y))
+
+
 def accumulate(opt, model, x, y, sync):
     """One step from two micro-batches; ``sync`` says when wrappers reduce."""
     opt.zero_grad()

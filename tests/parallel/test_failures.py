@@ -12,6 +12,8 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 import curvopt
 from curvopt import CurvoptError
+from tests.optim.test_polar_factor import oracle
+from tests.oracles import assert_close
 from tests.parallel import cases
 from tests.parallel.ranks import everywhere, part, ranks, same_everywhere
 
@@ -43,6 +45,12 @@ def by_record(opt, model, x, y, loss):
     opt.zero_grad()
     with opt.record():
         loss(model(x), y).backward()
+    opt.step()
+
+
+def by_loop(opt, model, x, y, loss):
+    opt.zero_grad()
+    loss(model(x), y).backward()
     opt.step()
 
 
@@ -90,7 +98,7 @@ WRAPPED = {
 }
 
 
-@pytest.mark.parametrize("take", [by_closure, by_record])
+@pytest.mark.parametrize("take", [by_closure, by_record, by_loop])
 @pytest.mark.parametrize("loss", [infinite, coupled])
 @pytest.mark.parametrize("wrapper", WRAPPED)
 @pytest.mark.parametrize("name", ORDINARY)
@@ -99,6 +107,61 @@ def test_what_cannot_be_measured_on_one_process(name, wrapper, loss, take):
     group = dist.group.WORLD if wrapper == "unwrapped" else None
     said = fails(name, WRAPPED[wrapper], group, take, loss)
     assert ("not finite" if loss is infinite else "not separate") in said
+
+
+@pytest.mark.parametrize("wrapper", WRAPPED)
+@ranks()
+def test_what_polar_cannot_step_along_on_one_process(wrapper):
+    group = dist.group.WORLD if wrapper == "unwrapped" else None
+    said = fails("polar", WRAPPED[wrapper], group, by_closure, infinite)
+    assert "not finite" in said
+
+
+@pytest.mark.parametrize("take", [by_closure, by_record])
+@pytest.mark.parametrize("wrapper", ["ddp", "unwrapped", "fully_shard"])
+@pytest.mark.parametrize("name", ORDINARY)
+@ranks()
+def test_a_loss_that_is_not_finite_where_nothing_is_measured(name, wrapper, take):
+    from tests.parallel.test_fully_shard import shard
+
+    model = cases.mlp()
+    wrapped = {**WRAPPED, "fully_shard": shard}[wrapper](model)
+    group = dist.group.WORLD if wrapper == "unwrapped" else None
+    opt = cases.OPTIMIZERS[name](model.parameters(), process_group=group)
+    batches = [part(x.float(), y) for x, y in cases.batches(5)]
+    count = 5 if name == "ggn_exact" else 2  # measured at 0, 1, 2, 3; at 0, 3
+    for k in range(count):
+        take(opt, wrapped, *batches[k % 5], F.cross_entropy)
+    before = state_of(opt, model)
+    assert not opt._measures()
+    said = everywhere(raised(lambda: take(opt, wrapped, *batches[0], infinite)))
+    assert "failed on process 1" in said[0], said
+    assert "not finite" in said[1], said
+    assert all(map(torch.equal, before, state_of(opt, model)))
+    opt.zero_grad()
+    take(opt, wrapped, *batches[0], F.cross_entropy)
+    same_everywhere(state_of(opt, model))
+
+
+@pytest.mark.parametrize("wrapper", ["ddp", "fully_shard"])
+@ranks()
+def test_coupled_samples_of_one_process_leave_the_gradients_factor(wrapper):
+    """Matrices can do without rows; the others must not wait for them."""
+    from tests.parallel.test_fully_shard import Wide, shard
+
+    model = Wide()
+    wrapped = {"ddp": DistributedDataParallel, "fully_shard": shard}[wrapper](model)
+    opt = cases.OPTIMIZERS["polar"](model.parameters())
+    for k, (x, y) in enumerate(cases.batches(5)):
+        loss = coupled if k == 3 else F.cross_entropy
+        before = {p: state["momentum_buffer"].clone() for p, state in opt.state.items()}
+        by_closure(opt, wrapped, *part(x.float(), y), loss)
+        p = model[2].weight
+        expected = 0.9 * cases.full(before[p]) if k else 0
+        expected = expected + 0.1 * oracle(cases.full(p.grad))
+        assert_close(cases.full(opt.state[p]["momentum_buffer"]), expected, 1e-3)
+        assert opt.state[p]["rows"] == cases.N
+    same_everywhere(state_of(opt, model))
 
 
 @pytest.mark.parametrize("take", [by_closure, by_record])
@@ -151,6 +214,29 @@ def test_a_process_that_did_not_move_is_noticed(name):
         by_closure(opt, wrapped, x.float(), y, F.cross_entropy)
     said = raised(lambda: by_closure(opt, wrapped, x.float(), y, F.cross_entropy))
     assert "differ in steps taken: [2, 1]" in said
+
+
+@pytest.mark.parametrize("wrap", [True, False], ids=["ddp", "unwrapped"])
+@pytest.mark.parametrize("name", ["ggn_exact", "variance_adaptive"])
+@ranks()
+def test_an_overflow_on_one_process_skips_the_step_on_all(name, wrap):
+    model = cases.mlp()
+    wrapped = DistributedDataParallel(model) if wrap else model
+    group = None if wrap else dist.group.WORLD
+    opt = cases.OPTIMIZERS[name](model.parameters(), process_group=group)
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    for k, (x, y) in enumerate(cases.batches(6)):
+        xs, ys = part(x.float(), y)
+        loss = F.cross_entropy(wrapped(xs), ys)
+        (scaler.scale(loss) * (float("inf") if k in (2, 3) and dist.get_rank() else 1)).backward()
+        before = state_of(opt, model)
+        scaler.step(opt)
+        scaler.update()
+        opt.zero_grad()
+        same = all(map(torch.equal, before, state_of(opt, model)))
+        assert everywhere(same) == [k in (2, 3)] * 2, k
+    assert everywhere(opt.steps) == [4, 4]
+    same_everywhere(state_of(opt, model))
 
 
 # What cannot be served.
