@@ -95,7 +95,8 @@ class Hessian:
     def diagonal(self, rows: bool) -> dict[Tensor, Tensor]:
         """Exact diagonal: ``[*p]``, or each sample's ``[N, *p]`` with ``rows``.
 
-        A parameter whose every element has one use, by an op that is linear in it, has the diagonal
+        A parameter whose every element has one use, by an op that is linear in it and of which
+        nothing comes back to the parameter (as it does in a recurrence), has the diagonal
         of ``J^T H J`` with the op's J and the Hessian H of the loss in the op's output. Where the
         way from there to the model's output is piecewise linear, the root of the loss's Hessian
         gives it. Other parameters take a product with the Hessian per element.
@@ -125,11 +126,12 @@ class Hessian:
         barred = set(self.computation.slow)
         for use, grad in grads.items():
             plain = type(use.rule) is Rule
-            for value in use.values.values():
+            again = set(use.rule.again(use.arguments)) if use.rule else ()
+            for name, value in use.values.items():
                 roots = [self.tape.by_id[root] for root in value.roots]
                 linear = all(_is_bilinear(part) for p in roots for part in parts.get(p, ()))
                 linear = linear or _is_linear(use, value.tensor, grad[0])
-                if not (plain and value.isometry and linear):
+                if not (plain and value.isometry and linear) or name in again:
                     barred.update(roots)
                 for p in roots:
                     by_parameter[p].append(use)
@@ -246,7 +248,8 @@ class Hessian:
             names = ", ".join(self.tape.name(p) for p in params)
             warnings.warn(
                 f"the diagonal of the Hessian takes {columns} backward passes for {names}, which "
-                "are used several times, or by an op that is not linear in them; DiagHessianMC "
+                "are used several times (at several time steps), or by an op that is not linear in "
+                "them; DiagHessianMC "
                 "estimates it",
                 SlowPathWarning,
                 stacklevel=2,
@@ -261,9 +264,9 @@ class Hessian:
         for p in params:
             parts = []
             for part, unit in self._units(p.numel(), p):
-                product = hessian.product({p: unit.view(-1, *p.shape)})[p].flatten(1)
-                parts.append(product[:, part].diagonal())
-            result[p] = torch.cat(parts).view(p.shape)
+                product = hessian.product({p: unit.view(-1, *p.shape)})[p]
+                parts.append(product.reshape(unit.shape)[:, part].diagonal())
+            result[p] = torch.cat(parts).view(p.shape) if parts else torch.zeros_like(p)
         return result
 
     # -- products ---------------------------------------------------------------------------------

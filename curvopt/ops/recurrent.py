@@ -74,7 +74,17 @@ def all_steps(weight: Tensor, bias: Tensor | None, base: Tensor, steps: Steps) -
     return base if base.requires_grad else base.requires_grad_()
 
 
-@rule(all_steps, parameters="weight bias", nodes=lambda arguments: arguments["steps"].nodes)
+def _fed_back(arguments: dict[str, Any]) -> list[str]:
+    """From the second step on the weight meets what became of the steps before."""
+    return ["weight"] if len(arguments["steps"].inputs) > 1 else []
+
+
+@rule(
+    all_steps,
+    parameters="weight bias",
+    nodes=lambda arguments: arguments["steps"].nodes,
+    again=_fed_back,
+)
 def _all_steps(
     use: UseView, weight: Tensor, bias: Tensor | None, base: Tensor, steps: Steps
 ) -> dict[str, Structure]:

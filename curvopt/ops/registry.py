@@ -54,6 +54,8 @@ class Rule:
             that need not be kept, and may change in place.
         nodes: pairs of graph nodes that belong to the op as well: one that a path may enter, and
             the one behind it that leads to a parameter.
+        again: names of parameters, given the arguments, that also act on what became of the output:
+            what they do to the loss is no function of the output alone.
     """
 
     def __init__(
@@ -66,10 +68,11 @@ class Rule:
         one_of: str = "",
         unread: Names = nothing,
         nodes: Nodes = nothing,
+        again: Names = nothing,
     ):
         signature = list(inspect.signature(function).parameters.values())[1:]
         self.function, self.fits, self.opens = function, fits, opens
-        self.unread, self.nodes = unread, nodes
+        self.unread, self.nodes, self.again = unread, nodes, again
         self.parameters, self.one_of = frozenset(parameters.split()), frozenset(one_of.split())
         self.names = tuple(p.name for p in signature if p.kind is p.POSITIONAL_OR_KEYWORD)
         self.rest = next((p.name for p in signature if p.kind is p.VAR_POSITIONAL), None)
@@ -99,7 +102,7 @@ class FunctionRule(Rule):
 
     def __init__(self, function: Function):
         self.function, self.fits, self.opens = function, always, never
-        self.unread, self.nodes = nothing, nothing
+        self.unread = self.nodes = self.again = nothing
 
     def bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[Any, Any]:
         return {**dict(enumerate(args)), **kwargs}

@@ -18,7 +18,8 @@ class DiagHessian(Quantity):
     sample, or per element of the parameter, whichever are fewer. From where the model is piecewise
     linear up to its output, ``H_n`` has the rank of the loss's own Hessian, and the diagonal is
     that of the GGN, at its cost. A parameter used several times (or by an op that is not linear in
-    it) takes one column per element. Columns go in chunks of bounded memory (``max_columns``).
+    it, or at several time steps of a recurrent layer, as its hidden weight) takes one column per
+    element. Columns go in chunks of bounded memory (``max_columns``).
 
     Works for any loss that can be differentiated twice, convex or not.
 

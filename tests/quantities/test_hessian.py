@@ -128,6 +128,44 @@ UNUSUAL = {
         lambda: module(lambda m, x: m.r(x)[0][:, -1], r=nn.LSTM(2, 3, batch_first=True)),
         (2, 2),
     ),
+    **{
+        name: (lambda make=make: module(lambda m, x: m.r(x)[0].sum(1), r=make()), (steps, 2))
+        for name, steps, make in [
+            ("rnn", 4, lambda: nn.RNN(2, 3, batch_first=True)),
+            ("rnn-relu", 4, lambda: nn.RNN(2, 3, nonlinearity="relu", batch_first=True)),
+            ("rnn-long", 7, lambda: nn.RNN(2, 2, batch_first=True)),
+            ("gru", 3, lambda: nn.GRU(2, 2, batch_first=True)),
+            ("gru-long", 5, lambda: nn.GRU(2, 1, batch_first=True)),
+            ("gru-one-step", 1, lambda: nn.GRU(2, 2, batch_first=True)),
+            ("lstm-projected", 3, lambda: nn.LSTM(2, 3, batch_first=True, proj_size=2)),
+            (
+                "rnn-both-ways",
+                3,
+                lambda: nn.RNN(2, 2, num_layers=2, bidirectional=True, batch_first=True),
+            ),
+        ]
+    },
+    "cell": (lambda: module(lambda m, x: m.c(x, 0.5 * x), c=nn.GRUCell(2, 2)), (2,)),
+    "temperature": (
+        lambda: module(
+            lambda m, x: m.a(x) * m.t.exp(), a=nn.Linear(3, 3), t=nn.Parameter(torch.tensor(0.3))
+        ),
+        (3,),
+    ),
+    "squared-scale": (
+        lambda: module(
+            lambda m, x: m.a(x) * m.t * m.t, a=nn.Linear(3, 3), t=nn.Parameter(torch.tensor(0.3))
+        ),
+        (3,),
+    ),
+    "empty": (
+        lambda: module(
+            lambda m, x: m.a(x) + F.linear(x[:, :0] * m.e, m.e.expand(3, 0)),
+            a=nn.Linear(3, 3),
+            e=nn.Parameter(torch.zeros(0)),
+        ),
+        (3,),
+    ),
     "bilinear-in-tokens": (
         lambda: module(lambda m, x: m.a(x).square().sum(1), a=nn.Linear(2, 3)),
         (3, 2),
