@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from curvopt.api import Params, record
+from curvopt.axes.layout import Layout
 from curvopt.engine.backward import pull_back
-from curvopt.engine.result import Result
+from curvopt.engine.computation import Computation
 from curvopt.errors import CurvoptError
 from curvopt.quantities import GGNGram, Quantity, SqrtGGNExact
+from curvopt.structures.numerics import sum_tensors
 
 CHUNK_BYTES = 1 << 26  # cotangents and results of one chunk of columns
 
@@ -26,7 +29,8 @@ def param_jacobian(
 ) -> Mapping[Tensor, Tensor]:
     """Jacobian of every sample's outputs in every parameter, in one batched backward pass.
 
-    ``J[p][n, c] = d fs[n, c] / dp``. The columns sent back are the unit vectors of one sample's
+    ``J[p][n, c] = d fs[n, c] / dp``, in the order of the outputs, whichever sample of the data an
+    element belongs to. The columns sent back are the unit vectors of one sample's
     output, for all samples at once: as many as a sample has outputs. They are the exact root of
     the loss ``(1/2) sum |fs - const|^2``; hence ``SqrtGGNExact`` under a summed ``mse_loss`` gives
     sqrt(2) times the same rows, together with any other quantity of that loss.
@@ -41,18 +45,18 @@ def param_jacobian(
         A mapping from parameters to ``[N, *out, *p.shape]``.
 
     Raises:
-        CurvoptError: the outputs are no tensor with samples on its first axis, or mix samples.
+        CurvoptError: the outputs are no tensor with as many samples as its first axis is long, or
+            mix samples.
 
     Example:
         >>> jacobian = curvopt.param_jacobian(lambda: model(x), model.parameters())
         >>> jacobian[model[0].weight].shape  # [N, *out, *weight.shape]
         torch.Size([8, 3, 5, 4])
     """
-    result, shape = _columns_of_outputs(function, params, SqrtGGNExact(), max_columns, create_graph)
-    return {
-        p: rows.transpose(0, 1).reshape(*shape, *p.shape)
-        for p, rows in result.sqrt_ggn_exact.items()
-    }
+    roots, outputs = _columns_of_outputs(
+        function, params, SqrtGGNExact(), max_columns, create_graph
+    )
+    return {p: outputs.merge(rows.transpose(0, 1), 0) for p, rows in roots.items()}
 
 
 def empirical_ntk(
@@ -88,9 +92,9 @@ def empirical_ntk(
         Jacot et al., Neural tangent kernel: convergence and generalization in neural networks
         (NeurIPS 2018).
     """
-    result, shape = _columns_of_outputs(function, params, GGNGram(), max_columns, create_graph)
-    kernel: Tensor = sum(result.ggn_gram.values())  # [K, N, K, N]
-    return kernel.permute(1, 0, 3, 2).reshape(*shape, *shape)
+    grams, outputs = _columns_of_outputs(function, params, GGNGram(), max_columns, create_graph)
+    kernel = sum_tensors(list(grams.values()))  # [V, N, V, N]
+    return outputs.merge(outputs.merge(kernel.permute(1, 0, 3, 2), 2), 0)
 
 
 def _columns_of_outputs(
@@ -99,14 +103,32 @@ def _columns_of_outputs(
     quantity: Quantity,
     max_columns: int | None,
     create_graph: bool,
-) -> tuple[Result, torch.Size]:
-    """A quantity of a loss whose root is the identity, and the shape of the outputs."""
+) -> tuple[Mapping[Tensor, Tensor], _Outputs]:
+    """A quantity of a loss whose root is the identity, and where its columns are outputs."""
     tape = record(params, create_graph=create_graph)
     with torch.enable_grad(), tape:
         fs = _checked(function(), None)
         loss = 0.5 * F.mse_loss(fs, fs.detach(), reduction="sum")
     tape.batch_size = len(fs)
-    return tape.compute(loss, quantity, max_columns=max_columns), fs.shape
+    computation = Computation(tape, loss, max_columns=max_columns)
+    values = computation.run([quantity])[quantity.field]
+    return values, _Outputs(fs.shape, computation.term_layouts[0])
+
+
+class _Outputs(NamedTuple):
+    """Outputs of samples: their shape, and the samples' places."""
+
+    shape: torch.Size
+    layout: Layout | None
+
+    def merge(self, rows: Tensor, lead: int) -> Tensor:
+        """Values by sample and column, ``[*lead axes, N, V, ...]``, by output."""
+        layout = self.layout
+        assert layout is not None  # else no column would have been sent back
+        before, after = rows.shape[:lead], rows.shape[lead + 2 :]
+        split = rows.reshape(*before, layout.n, layout.k, *self.shape[layout.axes :], *after)
+        merged = layout.merge(split, lead, self.shape[: layout.axes])
+        return merged.reshape(*before, *self.shape, *after)
 
 
 def batch_jacobian(

@@ -155,6 +155,43 @@ def test_param_jacobian_in_chunks(model, max_columns):
     assert_close(J, oracles.param_jacobian(problem.model, problem.x, problem.params))
 
 
+PLACES = {  # where the outputs have the samples; all of 4 samples, and 4 outputs each
+    "permuted": lambda net, x: net(x)[torch.tensor([3, 1, 0, 2])],
+    "flipped": lambda net, x: net(x).flip(0),
+    "permuted-data": lambda net, x: net(x[torch.tensor([3, 1, 0, 2])]),
+    "twice-one-sample": lambda net, x: net(x[torch.tensor([1, 1, 0, 3])]),
+    "transposed": lambda net, x: net(x).T,
+    "transposed-flipped": lambda net, x: net(x).flip(0).T,
+    "time-first": lambda net, x: net(x.expand(4, 4, 3) * torch.arange(1.0, 5)[:, None, None]),
+    "diagonals": lambda net, x: torch.stack([net(x).roll(k, 0) for k in range(4)], 1),
+}
+
+
+@pytest.mark.parametrize("max_columns", [None, 3])
+@pytest.mark.parametrize("place", PLACES)
+def test_outputs_in_any_order(place, max_columns):
+    """An element of the Jacobian is that of the output in its place, not of a sample's number."""
+    net, x = nn.Linear(3, 4).double(), torch.randn(4, 3).double()
+    params = list(net.parameters())
+
+    def outputs(x=x):
+        return PLACES[place](net, x)
+
+    truth = oracles.param_jacobian(outputs, x, params)
+    options = {"max_columns": max_columns}
+    assert_close(curvopt.param_jacobian(outputs, params, **options), truth)
+    rows = torch.cat([truth[p].reshape(outputs().numel(), -1) for p in params], 1)
+    kernel = curvopt.empirical_ntk(outputs, params, **options)
+    assert kernel.shape == 2 * outputs().shape
+    assert_close(kernel.reshape(len(rows), -1), rows @ rows.T)
+
+
+def test_time_first_with_as_many_steps_as_samples():
+    net, x = nn.RNN(2, 3).double(), torch.randn(4, 4, 2).double()
+    J = curvopt.param_jacobian(lambda: net(x)[0], net.parameters())
+    assert_close(J, oracles.param_jacobian(lambda x: net(x)[0], x, [*net.parameters()]))
+
+
 def test_root_of_the_summed_squares_is_the_jacobian():
     problem = Case("convnet", "mse-sum").build()
     roots = curvopt.compute(problem.loss, problem.params, curvopt.SqrtGGNExact()).sqrt_ggn_exact
