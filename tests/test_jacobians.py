@@ -117,6 +117,135 @@ def test_refuses_outputs_that_mix_samples(kind, mixing):
         PAIRS[kind][0](mixing, torch.randn(4, 3).double())
 
 
+class Untouched(torch.autograd.Function):
+    """The identity, with a derivative by hand."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, g):
+        return g.clone()
+
+
+class Centred(Untouched):
+    @staticmethod
+    def backward(ctx, g):
+        return g - g.mean(0)
+
+
+def coupled(one, other, wrap=lambda x: x):
+    """Every sample for itself, but that one of them reads another."""
+
+    def f(x):
+        x = wrap(x)
+        more = torch.zeros_like(x).index_put((torch.tensor([one]),), x[other][None])
+        return (x * (1 + more)).sum(1, keepdim=True)
+
+    return f
+
+
+@pytest.mark.parametrize("wrap", [lambda x: x, Untouched.apply], ids=["by-ops", "by-slopes"])
+@pytest.mark.parametrize("n", [2, 3, 5, 8])
+def test_refuses_one_sample_that_reads_one_other(n, wrap):
+    x = torch.randn(n, 2).double()
+    for one, other in itertools.permutations(range(n), 2):
+        with pytest.raises(curvopt.CurvoptError, match="mix samples"):
+            curvopt.batch_jacobian(coupled(one, other, wrap), x)
+    alone = curvopt.batch_jacobian(lambda x: wrap(x).square(), x)
+    assert_close(alone, jacobian(lambda x: x.square(), x).detach())
+
+
+def hooked(x):
+    x = 2 * x
+    x.register_hook(lambda g: g.flip(0))
+    return x
+
+
+def hooked_module():
+    layer = nn.Linear(3, 2).double()
+    layer.register_full_backward_hook(lambda module, grads, outputs: (grads[0].flip(0),))
+    return layer
+
+
+def seen_elsewhere(x):
+    mean = x.mean(0)
+    return lambda x: x * mean
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda x: Centred.apply,
+        lambda x: hooked,
+        lambda x: hooked_module(),
+        seen_elsewhere,
+        lambda x: seen_elsewhere(x.square()),
+    ],
+    ids=["derivative-by-hand", "hook", "module-hook", "closure", "closure-of-more"],
+)
+def test_refuses_samples_that_mix_where_no_op_of_the_function_shows_it(make):
+    x = torch.randn(4, 3).double().requires_grad_()
+    with pytest.raises(curvopt.CurvoptError, match="mix samples"):
+        curvopt.batch_jacobian(make(x), x)
+
+
+@pytest.mark.parametrize("kind", ["hessian", "hessian-diag"])
+@pytest.mark.parametrize("wrap", [lambda x: x, Untouched.apply], ids=["by-ops", "by-slopes"])
+def test_refuses_samples_that_mix_in_second_derivatives_alone(kind, wrap):
+    f = lambda x: x + wrap(x).roll(1, 0) ** 2  # noqa: E731 (its slope in the others is zero at 0)
+    with pytest.raises(curvopt.CurvoptError, match="mix samples"):
+        PAIRS[kind][0](f, torch.zeros(4, 2).double())
+
+
+def test_refuses_samples_that_mix_in_gradients_of_parameters_alone():
+    gate = nn.Parameter(torch.zeros(()).double())
+    x = torch.randn(4, 2).double()
+    with pytest.raises(curvopt.CurvoptError, match="mix samples"):
+        curvopt.batch_jacobian(lambda x: x + gate * x.mean(0), x, create_graph=True)
+
+
+@every_pair
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_ops_prove_it_without_a_column(kind, name, monkeypatch):
+    f, x = build(name)
+    monkeypatch.setattr("curvopt.jacobians.check_slopes", None)
+    PAIRS[kind][0](f, x)
+    PAIRS[kind][0](lambda x: torch.func.vmap(f)(x[:, None])[:, 0], x)
+
+
+@every_pair
+@pytest.mark.parametrize(
+    ("f", "plain"),
+    [
+        (lambda x: x.sin() * x.detach().mean(), lambda m: lambda x: x.sin() * m),
+        (lambda x: Untouched.apply(x.sin()), lambda m: lambda x: x.sin()),
+        (lambda x: x.flip(0).sin().flip(0), lambda m: lambda x: x.sin()),
+        (
+            lambda x: x[x[:, 0].argsort()][x[:, 0].argsort().argsort()] ** 3,
+            lambda m: lambda x: x**3,
+        ),
+    ],
+    ids=["detached", "derivative-by-hand", "flipped-twice", "sorted-twice"],
+)
+def test_takes_samples_that_meet_and_part(kind, f, plain):
+    x = torch.randn(5, 2).double()
+    ours, truth = PAIRS[kind]
+    for options in ({}, {"create_graph": True}):
+        assert_close(ours(f, x, **options).detach(), truth(plain(x.mean()), x).detach())
+
+
+def test_verdicts_are_of_the_values_that_chose():
+    """The same code with other indices is another function."""
+    x, places = torch.randn(3, 2).double(), torch.arange(3)
+    f = lambda x: x[places].sin()  # noqa: E731
+    curvopt.batch_jacobian(f, x)
+    places.copy_(torch.tensor([1, 0, 2]))
+    with pytest.raises(curvopt.CurvoptError, match="mix samples"):
+        curvopt.batch_jacobian(f, x)
+
+
 @every_pair
 @pytest.mark.parametrize(
     ("f", "x", "match"),
