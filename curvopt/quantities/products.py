@@ -12,6 +12,7 @@ from curvopt.errors import CurvoptError
 from curvopt.quantities.base import ROOT, Context, Quantity
 from curvopt.quantities.ggn import _Sketch
 from curvopt.structures import Structure
+from curvopt.structures.guarded import guarded
 from curvopt.structures.numerics import sum_tensors
 
 Held = dict[Tensor, list[tuple[Structure, float]]]
@@ -60,11 +61,16 @@ class BlockGGN(_Held):
     """Products with the GGN's block of each parameter: a function per parameter.
 
     ``result.block_ggn[p](M)`` multiplies ``[*p]`` or V vectors ``[V, *p]``, by the structures: the
-    block is never formed, and no further backward pass is made.
+    block is never formed, and no further backward pass is made. The functions hold the inputs of
+    the layers by reference: after one was changed in place they raise `CurvoptError`.
     """
 
     field = "block_ggn"
     cotangent = ROOT
+
+    def reduce_all(self, structures: dict[Tensor, Structure], context: Context) -> Held:
+        outliving = {p: guarded(structure, context.name(p)) for p, structure in structures.items()}
+        return super().reduce_all(outliving, context)
 
     def finish(self, result: Held) -> dict[Tensor, Callable[[Tensor], Tensor]]:
         return {p: _product(p, held) for p, held in result.items()}

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from curvopt.quantities.base import Context, Quantity
 from curvopt.structures import Structure
+from curvopt.structures.guarded import guarded
 
 
 class Structures(Quantity):
@@ -20,7 +21,8 @@ class Structures(Quantity):
     classes are in `curvopt.structures`.
 
     Structures hold parts of the graph's memory, and those of derived values (weight norm) need the
-    graph: use them while the loss is alive.
+    graph: use them while the loss is alive. They hold the inputs of the layers by reference, not as
+    copies, and raise `CurvoptError` after one of them was changed in place.
 
     Example:
         >>> layer, x = torch.nn.Linear(4, 3), torch.randn(8, 4)
@@ -39,4 +41,4 @@ class Structures(Quantity):
     def reduce_all(
         self, structures: dict[Tensor, Structure], context: Context
     ) -> dict[Tensor, Any]:
-        return dict(structures)
+        return {p: guarded(structure, context.name(p)) for p, structure in structures.items()}

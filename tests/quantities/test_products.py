@@ -1,5 +1,6 @@
 """Gram matrices, kernels, blocks, quadratic forms: against dense rows and matrices."""
 
+import copy
 from itertools import pairwise
 
 import pytest
@@ -7,8 +8,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.nn import functional as F
 
 import curvopt
+from curvopt.structures import Outer, Shift
 from tests import oracles
 from tests.cases import Case
 from tests.oracles import assert_close
@@ -67,6 +70,100 @@ def test_all_on_one_problem(case, max_columns):
         size = min(len(gram), len(block))
         spectra = [torch.linalg.eigvalsh(m).flip(0)[:size] for m in (gram, block)]
         assert_close(*spectra, 1e-8)
+
+
+def tied():
+    table = nn.Embedding(7, 4)
+    return lambda x: table(x).mean(1) @ table.weight.T, [table.weight]
+
+
+def module(model):
+    return model, [*model.parameters()]
+
+
+# What holds its inputs, and how: a model with its parameters, and a batch for it.
+HOLDING = {
+    "linear": (
+        lambda: module(nn.Sequential(nn.Linear(4, 3), nn.Tanh())),
+        lambda: torch.randn(5, 4),
+    ),
+    "tokens": (
+        lambda: module(nn.Sequential(nn.Linear(4, 3), nn.Flatten())),
+        lambda: torch.randn(5, 2, 4),
+    ),
+    "conv": (
+        lambda: module(nn.Sequential(nn.Conv1d(2, 3, 2), nn.Flatten())),
+        lambda: torch.randn(5, 2, 4),
+    ),
+    "embedding": (
+        lambda: module(nn.Sequential(nn.Embedding(7, 3), nn.Flatten())),
+        lambda: torch.randint(7, (5, 2)),
+    ),
+    "tied": (tied, lambda: torch.randint(7, (5, 2))),
+    "weight-norm": (
+        lambda: module(nn.utils.parametrizations.weight_norm(nn.Linear(4, 3))),
+        lambda: torch.randn(5, 4),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", HOLDING)
+def test_what_outlives_the_pass_knows_of_changed_inputs(name):
+    make, batch = HOLDING[name]
+    torch.manual_seed(0)
+    (model, params), buffer = make(), batch()
+    result = curvopt.compute(
+        lambda: F.mse_loss(z := model(buffer), torch.zeros_like(z)),
+        params,
+        curvopt.BlockGGN(),
+        curvopt.Structures(),
+        curvopt.BatchGrad(),
+    )
+    p = params[-1] if name == "weight-norm" else params[0]
+    structure, block, d = result.structures[p], result.block_ggn[p], torch.randn_like(p)
+    before = block(d)
+    assert_close(structure.form()[0], result.batch_grad[p], 1e-5)
+    assert_close(block(d), before)
+    rows = structure.form()
+    buffer.copy_(batch())  # the next batch
+    if buffer.dtype is torch.int64:  # indices are copied
+        assert_close(block(d), before)
+        assert_close(structure.form(), rows)
+        return
+    match = r"rows of parameter \d .*changed in place.*x\.clone\(\)"
+    for use in (
+        lambda: block(d),
+        lambda: structure.form(),
+        lambda: structure.squared_norms(),
+        lambda: result.structures[p].sum(),
+        lambda: copy.copy(structure),
+    ):
+        with pytest.raises(curvopt.CurvoptError, match=match):
+            use()
+
+
+def test_what_outlives_the_pass_takes_a_step():
+    """Rows of a linear layer hold its inputs and cotangents, not its weight."""
+    model, x = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2)), torch.randn(5, 4)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    result = curvopt.compute(
+        lambda: F.mse_loss(model(x), torch.zeros(5, 2)),
+        model.parameters(),
+        curvopt.BlockGGN(),
+        curvopt.Structures(),
+    )
+    before = {
+        p: (result.block_ggn[p](p.detach().clone()), p.detach().clone()) for p in model.parameters()
+    }
+    rows = {p: result.structures[p].form() for p in model.parameters()}
+    for p, gradient in result.grad.items():
+        p.grad = gradient
+    optimizer.step()
+    for p, (product, value) in before.items():
+        assert_close(result.block_ggn[p](value), product)
+        assert_close(result.structures[p].form(), rows[p])
+        assert isinstance(result.structures[p], (Outer, Shift))
+        assert_close(copy.copy(result.structures[p]).form(), rows[p])
 
 
 def shares(problem):

@@ -378,7 +378,8 @@ def test_uses_that_overlap_are_not_disjoint():
 
 def test_every_structure_has_a_row():
     def subclasses(kind):
-        return {kind}.union(*map(subclasses, kind.__subclasses__()))
+        return {kind.__name__}.union(*map(subclasses, kind.__subclasses__()))
 
-    tested = {type(make()[0]) for make in STRUCTURES.values()}
-    assert subclasses(Structure) - {Structure} == tested
+    # By name: a guarded structure's class is a subclass that goes by the name of its own.
+    tested = {type(make()[0]).__name__ for make in STRUCTURES.values()}
+    assert subclasses(Structure) - {"Structure"} == tested
