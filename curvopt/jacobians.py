@@ -31,9 +31,9 @@ def param_jacobian(
     """Jacobian of every sample's outputs in every parameter, in one batched backward pass.
 
     ``J[p][n, c] = d fs[n, c] / dp``, in the order of the outputs, whichever sample of the data an
-    element belongs to. The columns sent back are the unit vectors of one sample's
-    output, for all samples at once: as many as a sample has outputs. They are the exact root of
-    the loss ``(1/2) sum |fs - const|^2``; hence ``SqrtGGNExact`` under a summed ``mse_loss`` gives
+    element belongs to. The columns sent back are the unit vectors of one sample's output, for all
+    samples at once: as many as a sample has outputs. They are the exact root of the
+    loss ``(1/2) sum |fs - const|^2``; hence ``SqrtGGNExact`` under a summed ``mse_loss`` gives
     sqrt(2) times the same rows, together with any other quantity of that loss.
 
     Args:
@@ -46,8 +46,7 @@ def param_jacobian(
         A mapping from parameters to ``[N, *out, *p.shape]``.
 
     Raises:
-        CurvoptError: the outputs are no tensor with as many samples as its first axis is long, or
-            mix samples.
+        CurvoptError: the outputs are no tensor, or mix samples.
 
     Example:
         >>> jacobian = curvopt.param_jacobian(lambda: model(x), model.parameters())
@@ -112,6 +111,18 @@ def _columns_of_outputs(
         loss = 0.5 * F.mse_loss(fs, fs.detach(), reduction="sum")
     tape.batch_size = len(fs)
     computation = Computation(tape, loss, max_columns=max_columns)
+    try:
+        computation.prepare()
+    except CurvoptError as error:  # the samples may lie elsewhere: any that are apart will do
+        tape.batch_size = None
+        computation = Computation(tape, loss, max_columns=max_columns)
+        try:
+            computation.prepare()
+        except CurvoptError:
+            raise CurvoptError(
+                f"{error} (The outputs {list(fs.shape)} were taken for {len(fs)} samples: if they "
+                "have the samples on another axis, return them with the samples on the first one.)"
+            ) from error
     values = computation.run([quantity])[quantity.field]
     return values, _Outputs(fs.shape, computation.term_layouts[0])
 

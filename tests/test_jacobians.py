@@ -315,10 +315,34 @@ def test_outputs_in_any_order(place, max_columns):
     assert_close(kernel.reshape(len(rows), -1), rows @ rows.T)
 
 
-def test_time_first_with_as_many_steps_as_samples():
+def test_time_first():
     net, x = nn.RNN(2, 3).double(), torch.randn(4, 4, 2).double()
     J = curvopt.param_jacobian(lambda: net(x)[0], net.parameters())
     assert_close(J, oracles.param_jacobian(lambda x: net(x)[0], x, [*net.parameters()]))
+    x = torch.randn(5, 4, 2).double()
+    with pytest.raises(curvopt.CurvoptError, match="taken for 5 samples.*on the first one"):
+        curvopt.param_jacobian(lambda: net(x)[0], net.parameters())
+    J = curvopt.param_jacobian(lambda: net(x)[0].transpose(0, 1), net.parameters())
+    first = lambda x: net(x)[0].transpose(0, 1)  # noqa: E731
+    assert_close(J, oracles.param_jacobian(first, x, [*net.parameters()]))
+
+
+@pytest.mark.filterwarnings("ignore:no rule covers")
+@pytest.mark.parametrize(
+    "place", [lambda z: z.T, lambda z: torch.cat([z, z]), torch.flatten, lambda z: z[1:]]
+)
+def test_outputs_on_an_axis_of_any_length(place):
+    net, x = nn.Linear(3, 2).double(), torch.randn(4, 3).double()
+    params = [*net.parameters()]
+    J = curvopt.param_jacobian(lambda: place(net(x)), params)
+    assert_close(J, oracles.param_jacobian(lambda x: place(net(x)), x, params))
+
+
+def test_empty_batch():
+    net, x = nn.Linear(3, 2), torch.randn(0, 3)
+    J = curvopt.param_jacobian(lambda: net(x), net.parameters())
+    assert [j.shape for j in J.values()] == [(0, 2, 2, 3), (0, 2, 2)]
+    assert curvopt.empirical_ntk(lambda: net(x), net.parameters()).shape == (0, 2, 0, 2)
 
 
 def test_root_of_the_summed_squares_is_the_jacobian():

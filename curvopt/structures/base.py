@@ -222,10 +222,11 @@ class Structure(ABC):
         Args:
             other: a structure of the same parameter, for the same or other cotangents.
         """
-        flat = other.form().reshape(other.columns, other.samples, -1)
+        size = self.shape.numel()  # not -1, for an empty batch
+        flat = other.form().reshape(other.columns, other.samples, size)
         return torch.cat(
             [
-                torch.tensordot(rows.reshape(*rows.shape[:2], -1), flat, dims=([2], [2]))
+                torch.tensordot(rows.reshape(*rows.shape[:2], size), flat, dims=([2], [2]))
                 for _, _, rows in self.blocks()
             ],
             1,
