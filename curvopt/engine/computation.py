@@ -13,6 +13,7 @@ from torch import Tensor
 from curvopt.axes.layout import Layout
 from curvopt.engine.accounts import paths_of
 from curvopt.engine.backward import unspent
+from curvopt.engine.changes import Changes, changed_above
 from curvopt.engine.hessian import Hessian
 from curvopt.engine.hooks import check_backward, passing
 from curvopt.engine.own import kind_of
@@ -28,6 +29,7 @@ from curvopt.losses import Loss
 from curvopt.losses.generic import Closure
 from curvopt.quantities.base import Context, Cotangent, Pass, Quantity
 from curvopt.quantities.first_order import Gradient
+from curvopt.recording.hooks import random_kept
 from curvopt.recording.uses import Call
 from curvopt.structures import Dense, Structure, total
 
@@ -64,6 +66,7 @@ class Computation(Reduction):
             self.tape.trace.paused(),
             torch.set_grad_enabled(self.tape.create_graph),
             unspent(),
+            self.record.hooks.unseen(),
         ):
             self.prepare()
             free = free and not self.slow
@@ -78,7 +81,7 @@ class Computation(Reduction):
     def gradient(self) -> dict[Tensor, Tensor]:
         """Gradient of the loss as written, of the parameters that took part."""
         params = self.tape.params
-        with self.tape.trace.paused():
+        with self.tape.trace.paused(), self.record.hooks.unseen():
             grads = torch.autograd.grad(
                 self.loss,
                 params,
@@ -96,8 +99,9 @@ class Computation(Reduction):
             quantities: of the gradient as written.
             values: filled in when the pass is over.
         """
-        with self.tape.trace.paused(), torch.no_grad():
+        with self.tape.trace.paused(), torch.no_grad(), self.record.hooks.unseen():
             self.prepare()
+            self.changes.check_rows(self.tape)
             slow = [] if self.covered_only else list(self.slow)
             slow_rows: list[Tensor] = []
             if slow:
@@ -108,7 +112,7 @@ class Computation(Reduction):
             left = self._undisturbed()
         with passing(self.uses, self.tape.params) as caught:
             yield
-        with self.tape.trace.paused(), torch.no_grad():
+        with self.tape.trace.paused(), torch.no_grad(), self.record.hooks.unseen():
             sent = {use: c.unsqueeze(0) for use, c in caught.items()}
             parts = self._structures([*sent], [*sent.values()])
             for p, rows in zip(slow, slow_rows, strict=True):
@@ -212,7 +216,7 @@ class Computation(Reduction):
     def prepare(self) -> None:
         """Find the losses, the samples and the uses."""
         if self.plan is None:
-            with self.tape.trace.paused():
+            with self.tape.trace.paused(), self.record.hooks.unseen():
                 self._prepare()
 
     def _prepare(self) -> None:
@@ -245,7 +249,9 @@ class Computation(Reduction):
             self.terms = closure_terms(self.loss, self.output, self.terms, self._kind())
             if not by_output:
                 self.term_layouts = [self._output_layout()]
-        self.upstream = upstream(self.loss, self.terms)
+        hooks = self.record.hooks
+        with hooks.absent():
+            self.upstream = upstream(self.loss, self.terms)
         self.use_layouts = uses_of(plan, self.tape)
         params = self.tape.params
         found, custom = paths_of(plan, self.tape, self.use_layouts, self.terms)
@@ -259,9 +265,19 @@ class Computation(Reduction):
                 "while recording, with gradients enabled, and go backward over it once"
             )
         self.hooked = custom or self.record.hooked
-        if self.hooked and self.samples > 1:
-            grads = [grad.detach() for grad in self._gradients()]
-            check_backward(self.tape, self.loss, self.terms, self.uses, grads)
+        if self.hooked and self.samples:
+            self._check_hooks()
+
+    def _check_hooks(self) -> None:
+        tape, grads = self.tape, [grad.detach() for grad in self._gradients()]
+        with random_kept(tape.params):  # hooks that draw: as if they had not run
+            above, modules = changed_above(tape, self.loss, self.terms)
+            changed = check_backward(
+                tape, self.loss, self.terms, self.uses, grads, samples=self.samples
+            )
+        tensors = [hooked for hooked in changed if hooked is not None]
+        values = [hooked.roots for hooked in tensors if hooked.roots]
+        self.changes = Changes(above, values, bool(tensors), modules or None in changed)
 
     def _plan_of_output(self, error: CurvoptError) -> Plan:
         """The plan of a loss of which nothing is known but the output that it was made of.
@@ -324,6 +340,19 @@ class Computation(Reduction):
     # -- the pass ---------------------------------------------------------------------------------
 
     def _run_pass(self, one: Pass, asked: list[Quantity], free: bool) -> dict[Quantity, Any]:
+        kind = one.cotangent.kind
+        if kind == "gradient":
+            self.changes.check_rows(self.tape)
+            return self._made(one, asked, free)
+        self.changes.check_curvature()
+        with self.record.hooks.absent():
+            results = self._made(one, asked, free)
+        parts = [part for part in results.values() if isinstance(part, dict)]
+        if any(callable(value) for part in parts for value in part.values()):
+            self.changes.check_curvature(later="all" if kind == "hessian" else "values")
+        return results
+
+    def _made(self, one: Pass, asked: list[Quantity], free: bool) -> dict[Quantity, Any]:
         if one.cotangent.kind == "hessian":
             hessian = Hessian(self, one.own)
             return {quantity: quantity.from_hessian(hessian) for quantity in asked}

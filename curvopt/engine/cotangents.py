@@ -10,6 +10,7 @@ from torch import Tensor
 
 from curvopt.axes.endings import read_numbers
 from curvopt.axes.layout import Layout
+from curvopt.engine.changes import Changes
 from curvopt.engine.checks import check_loss
 from curvopt.engine.hooks import before_hooks
 from curvopt.engine.own import OwnLoss, inverse_of
@@ -73,6 +74,7 @@ class Cotangents:
         self.terms: list[Loss] = []
         self.plan: Plan | None = None
         self.hooked = False
+        self.changes = Changes()
         self._inverse: list[float | Tensor] | None = None
 
     @property
@@ -172,10 +174,11 @@ class Cotangents:
             if not isinstance(factor, Tensor):  # of all samples: cheaper before the rows
                 up, factor = up if factor == 1 else up * factor, 1.0
             options["retain_graph"] = retain
-            if self.hooked:
-                grad = before_hooks(term.end, term.output, up, **options)
-            else:
-                (grad,) = torch.autograd.grad(term.end, term.output, up, **options)
+            with self.record.hooks.absent():
+                if self.hooked:
+                    grad = before_hooks(term.end, term.output, up, **options)
+                else:
+                    (grad,) = torch.autograd.grad(term.end, term.output, up, **options)
             if isinstance(factor, Tensor):
                 assert layout is not None
                 grad = per_sample(grad, factor.to(grad), layout)

@@ -23,6 +23,7 @@ from curvopt.axes.wiring import Step
 from curvopt.engine.planner import Planner
 from curvopt.errors import CurvoptError
 from curvopt.losses import Loss
+from curvopt.recording.hooks import Hooked
 from curvopt.recording.tape import Tape
 from curvopt.recording.uses import OwnUse, Use
 
@@ -53,7 +54,9 @@ def check_backward(
     terms: Sequence[Loss],
     uses: Sequence[Use],
     grads: Sequence[Tensor],
-) -> None:
+    *,
+    samples: int,
+) -> list[Hooked | None]:
     """Prove that samples stay apart in the backward pass.
 
     Args:
@@ -62,6 +65,10 @@ def check_backward(
         terms: the losses that it is made of.
         uses: the uses.
         grads: gradients at the terms' outputs, before any hook.
+        samples: how many there are.
+
+    Returns:
+        What is changed by hooks on the way, from the terms' outputs on; None for a module's.
 
     Raises:
         CurvoptError: they do not, as far as can be seen.
@@ -75,8 +82,10 @@ def check_backward(
         marks[use] = len(trace.ops), trace.ref(grad)
 
     outputs = [term.output for term in terms]
-    with torch.random.fork_rng(devices=[]), trace:  # hooks that draw: as if they had not run
+    with tape.record.hooks.watched() as changed, trace:
         _caught(outputs, grads, uses, tape.params, False, note)
+    if samples == 1:
+        return changed
     key = (
         trace.key,
         start,
@@ -87,7 +96,7 @@ def check_backward(
         tape.batch_size,
     )
     if key in _CHECKED:
-        return
+        return changed
     planner.make()
     forward = [_mark(use) for use in marks]
     first = planner.samples.replay(
@@ -116,6 +125,7 @@ def check_backward(
         _CHECKED[key] = None
         while len(_CHECKED) > _KEPT:
             _CHECKED.popitem(last=False)
+    return changed
 
 
 def _mark(use: Use) -> Any:

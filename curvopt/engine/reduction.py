@@ -15,6 +15,7 @@ from curvopt.engine.cotangents import Cotangents
 from curvopt.engine.hooks import after_hooks
 from curvopt.engine.slow import rows_by_sample, warn
 from curvopt.errors import CurvoptError
+from curvopt.recording.hooks import random_kept
 from curvopt.recording.uses import Use
 from curvopt.structures import Dense, Pulled, Structure, total
 
@@ -38,7 +39,8 @@ class Reduction(Cotangents):
         """
         # What is pulled back to a parameter later needs the graph that its gradient goes through.
         free = free and not any(self._derives(p) for p in due or ())
-        uses, grads, sums = self._pull(outputs, cotangents, free, due or ())
+        with random_kept(self.tape.params if self.hooked and due is None else ()):
+            uses, grads, sums = self._pull(outputs, cotangents, free, due or ())
         parts = self._structures(uses, grads)
         sent = dict(zip(uses, grads, strict=True)) if due else {}
         del grads  # a structure may let go of its factors

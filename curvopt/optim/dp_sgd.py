@@ -79,7 +79,8 @@ class DPSGD(PrivateOptimizer):
     Raises:
         CurvoptError: an argument is out of range; in `step`, whatever would break the guarantee:
             an op in which samples meet, detached or not; a buffer that the forward pass updates; a
-            scaled sum that ``reduction`` does not declare; a hook on a parameter; a ``p.grad`` that
+            scaled sum that ``reduction`` does not declare; a hook on a parameter, or one that
+            changes the gradient of what it is made into, or of the loss; a ``p.grad`` that
             something else has filled.
 
     Note:

@@ -138,9 +138,12 @@ class Tape(Modules, Losses, TorchFunctionMode):
         self, func: Function, types: Any, args: Positional = (), kwargs: Keywords | None = None
     ) -> Any:
         if func in _PASSIVE:
+            result = func(*args, **kwargs) if kwargs else func(*args)
             if func in known.HOOKING and not known.is_torchs(args):
-                self.record.hooked = True
-            return func(*args, **kwargs) if kwargs else func(*args)
+                self._note_hooks(func, args[0], result)
+            elif func is Tensor.retain_grad:
+                self.record.hooks.note_retaining(args[0])
+            return result
         kwargs = kwargs or {}
         if self.opaque or _transform() is not None:  # inside of vmap or grad: the trace sees it
             return func(*args, **kwargs)
@@ -172,6 +175,15 @@ class Tape(Modules, Losses, TorchFunctionMode):
         elif tensors and args and (output is args[0] or output is None):  # changed in place
             self.shared.pop(id(args[0]), None)
         return output
+
+    def _note_hooks(self, func: Function, tensor: Tensor, result: Any) -> None:
+        self.record.hooked = True
+        if func is Tensor.register_hook:
+            entry = self._entry(tensor)
+            roots = frozenset[int]() if entry is None else entry.roots
+            self.record.hooks.note(tensor, self.trace.ref(tensor), roots)
+        else:
+            self.record.hooks.note_node(result)
 
     def _note_batch_statistics(self, args: Positional, kwargs: Keywords) -> None:
         arguments = RULES[F.batch_norm].bind(args, kwargs)

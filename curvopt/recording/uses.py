@@ -16,6 +16,7 @@ from curvopt.errors import CurvoptError
 from curvopt.losses import Loss
 from curvopt.ops.registry import Rule
 from curvopt.ops.use import UseView
+from curvopt.recording.hooks import Hooks
 from curvopt.structures import Own, Structure
 
 #: A place in the trace of a pass: the number of ops before it, and a tensor at that time.
@@ -170,6 +171,7 @@ class Record:
         coupled: what is to be said of an op that took statistics over the batch.
         silent: tensors that are the same for all samples: parameters and buffers met.
         hooked: code of the user's may have been attached to the backward pass.
+        hooks: what is known of that code.
         reentrant: a parameter was used inside of a reentrant checkpoint.
     """
 
@@ -179,6 +181,7 @@ class Record:
     coupled: str = ""
     silent: list[Tensor] = field(default_factory=list)
     hooked: bool = False
+    hooks: Hooks = field(default_factory=Hooks)
     reentrant: bool = False
 
 
