@@ -17,8 +17,9 @@ _SINK = "_DDPSinkBackward"
 _TORCHS_OWN = frozenset([_SINK, "RegisterPostBackwardFunctionBackward"])
 
 REENTRANT = (
-    "part of the model ran under reentrant checkpointing, where nothing is known of its "
-    "parameters' samples: use torch.utils.checkpoint.checkpoint(..., use_reentrant=False)"
+    "part of the model ran under reentrant checkpointing, or in a custom autograd.Function that "
+    "was not given the parameters it uses, where nothing is known of their samples: use "
+    "torch.utils.checkpoint.checkpoint(..., use_reentrant=False), or give them to apply()"
 )
 
 

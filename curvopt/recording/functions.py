@@ -48,6 +48,9 @@ HOOKING: frozenset[Function] = frozenset(
 )
 
 
+_APPLY: Any = torch.autograd.Function.__dict__["apply"].__func__
+
+
 def is_torchs(args: tuple[Any, ...]) -> bool:
     """Whether a hook is one by which torch's own wrappers learn that a gradient has come by."""
     module = getattr(args[1], "__module__", None) if len(args) > 1 else None
@@ -82,13 +85,26 @@ def selects(func: Function, args: tuple[Any, ...]) -> bool:
     return func in _SELECTING
 
 
-def in_reentrant_checkpoint() -> bool:
-    """Whether the forward pass of a reentrant checkpoint is under way."""
-    frame = sys._getframe(1)
-    code = CheckpointFunction.forward.__code__
-    while frame is not None and frame.f_code is not code:
-        frame = frame.f_back  # type: ignore[assignment]  # ends at None
-    return frame is not None
+def reentrant(values: list[Tensor]) -> bool:
+    """Whether a custom autograd.Function's forward is under way that was not given all values.
+
+    Their gradients then come from a backward pass inside of its own, which no graph shows: that is
+    how reentrant checkpoints work, torch's and home-made ones.
+
+    Args:
+        values: parameters, or made of some, that are used without gradients.
+    """
+    frame: types.FrameType | None = sys._getframe(1)
+    checkpoint, apply = CheckpointFunction.forward.__code__, _APPLY.__code__
+    while frame is not None:
+        if frame.f_code is checkpoint:
+            return True
+        if frame.f_code is apply:
+            given = {id(value) for value in frame.f_locals["args"]}
+            if any(id(value) not in given for value in values):
+                return True
+        frame = frame.f_back
+    return False
 
 
 def in_ddp_sink() -> bool:

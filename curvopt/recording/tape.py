@@ -151,7 +151,8 @@ class Tape(Modules, Losses, TorchFunctionMode):
             self._note_batch_statistics(args, kwargs)
         tracked, all_shared, tensors, made = self._classify(args, kwargs)
         if tracked and not torch.is_grad_enabled():
-            self.record.reentrant = self.record.reentrant or known.in_reentrant_checkpoint()
+            values = [t for t in tensors_in((*args, *kwargs.values())) if self.is_tracked(t)]
+            self.record.reentrant = self.record.reentrant or known.reentrant(values)
         elif tracked:
             constant = all_shared and not made
             if func in LOSSES and not constant:

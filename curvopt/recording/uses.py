@@ -172,7 +172,7 @@ class Record:
         silent: tensors that are the same for all samples: parameters and buffers met.
         hooked: code of the user's may have been attached to the backward pass.
         hooks: what is known of that code.
-        reentrant: a parameter was used inside of a reentrant checkpoint.
+        reentrant: a parameter was used inside of a reentrant checkpoint, torch's or another.
     """
 
     calls: list[Call] = field(default_factory=list)

@@ -614,6 +614,81 @@ for part in ("first", "last", "all"):
 REENTRANT.add("first-of-data", checkpointed, True, "first")  # torch gives it no gradient
 
 
+class Recompute(torch.autograd.Function):
+    """A home-made reentrant checkpoint."""
+
+    @staticmethod
+    def forward(ctx, run, x):
+        ctx.run, ctx.x = run, x.detach()
+        with torch.no_grad():
+            return run(x)
+
+    @staticmethod
+    def backward(ctx, g):
+        x = ctx.x.requires_grad_()
+        with torch.enable_grad():
+            out = ctx.run(x)
+        torch.autograd.backward(out, g)
+        return None, x.grad
+
+
+class AppliedLinear(torch.autograd.Function):
+    """A linear layer of its own, which is given its weight."""
+
+    @staticmethod
+    def forward(ctx, x, w):
+        ctx.save_for_backward(x, w)
+        return F.linear(x, w)
+
+    @staticmethod
+    def backward(ctx, g):
+        x, w = ctx.saved_tensors
+        return g @ w, g.t() @ x
+
+
+def recomputed(middle):
+    net, w = network((D, H)), nn.Parameter(torch.randn(C, H))
+
+    def loss(x, y):
+        return ce(Recompute.apply(middle, net(x)) @ w.t(), y)
+
+    return made([*net.parameters(), w, *middle.parameters()], loss, batch(outlier=30))
+
+
+class WithApplied(nn.Module):
+    """A layer that gives its weight to a function."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(H, H))
+
+    def forward(self, x):
+        return AppliedLinear.apply(x, self.weight).tanh()
+
+
+@REENTRANT
+def home_made():
+    return recomputed(nn.Sequential(nn.Linear(H, H), nn.Tanh()))
+
+
+@REENTRANT
+def home_made_around_a_function():
+    return recomputed(WithApplied())
+
+
+def test_home_made_checkpoints_are_refused():
+    for situation in REENTRANT[-2:]:
+        refused(situation, "custom autograd.Function")
+
+
+def test_a_function_that_is_given_its_parameter():
+    first, layer, last = nn.Linear(D, H), WithApplied(), nn.Linear(H, C)
+    params = [*first.parameters(), *layer.parameters(), *last.parameters()]
+    family = Family()
+    family.add("given", made, params, lambda x, y: ce(last(layer(first(x))), y), batch())
+    exact(family[0])
+
+
 @CHECKPOINTS.each
 def test_checkpoints(situation):
     exact(situation)
