@@ -12,7 +12,7 @@ FILES = sorted((ROOT / "curvopt").rglob("*.py"))
 # What stands further left knows nothing of what stands further right; what shares a place stands
 # side by side.
 ORDER = """
-    errors | axes | structures | ops losses | recording | quantities | engine |
+    errors | looks | axes | structures | ops losses | recording | quantities | engine |
     api products datasets | jacobians verify | parallel | privacy | optim
 """
 FLOORS = {name: at for at, names in enumerate(ORDER.split("|")) for name in names.split()}

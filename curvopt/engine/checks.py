@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from curvopt.errors import CurvoptError
+from curvopt.looks import may_look, refuse
 from curvopt.quantities.base import Quantity
 
 
@@ -26,11 +29,20 @@ def check_loss(loss: Any, *, finite: bool = True) -> None:
             "the loss does not depend on any parameter that requires a gradient (was it "
             "computed under no_grad, or detached?)"
         )
-    if finite and not math.isfinite(loss.detach().item()):
-        raise CurvoptError(
-            f"the loss is {loss.item()}, not finite; nothing was changed. Lower the learning "
-            "rate, or look for inputs that are not finite"
-        )
+    if not finite:
+        return
+    if not may_look():
+        with _disable_current_modes():  # it is part of nobody's pass
+            refuse(~loss.detach().isfinite(), partial(_not_finite, loss.detach()))
+    elif not math.isfinite(loss.detach().item()):
+        raise _not_finite(loss.detach())
+
+
+def _not_finite(loss: Tensor) -> CurvoptError:
+    return CurvoptError(
+        f"the loss is {loss.item()}, not finite; nothing was changed. Lower the learning "
+        "rate, or look for inputs that are not finite"
+    )
 
 
 def quantities_of(quantities: Iterable[Quantity]) -> list[Quantity]:

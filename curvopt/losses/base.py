@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from curvopt.axes.layout import Layout
 from curvopt.errors import CurvoptError
+from curvopt.looks import refuse
 
 
 class Loss(ABC):
@@ -124,11 +126,8 @@ class Loss(ABC):
             factor = per_sample(factor.expand(self.token_shape), inverse_share, layout)
         else:
             factor = factor * inverse_share
-        if factor.numel() and factor.min() < 0:
-            raise CurvoptError(
-                f"{self.name} enters the loss with a negative weight, so its Gauss-Newton matrix "
-                "is not positive semi-definite and has no root; use DiagHessian, or drop the term"
-            )
+        if factor.numel():
+            refuse(factor.min() < 0, partial(_no_root, self.name))
         if factor.requires_grad:  # the derivative of a root at zero is no number
             root = torch.where(factor > 0, factor, 1).sqrt() * (factor > 0)
         else:
@@ -160,6 +159,13 @@ class Loss(ABC):
             return self.sample_labels(columns, generator) * self.spread(scale)
         signs = random_signs(scale, (columns, *self.token_shape, self.width), generator)
         return self.apply_root(signs.mul_(scale.unsqueeze(-1)))
+
+
+def _no_root(name: str) -> CurvoptError:
+    return CurvoptError(
+        f"{name} enters the loss with a negative weight, so its Gauss-Newton matrix "
+        "is not positive semi-definite and has no root; use DiagHessian, or drop the term"
+    )
 
 
 def random_signs(like: Tensor, shape: tuple[int, ...], generator: torch.Generator | None) -> Tensor:

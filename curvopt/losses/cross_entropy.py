@@ -11,6 +11,7 @@ from torch import Tensor
 
 from curvopt.axes.layout import Layout
 from curvopt.errors import CurvoptError
+from curvopt.looks import may_look
 from curvopt.losses.base import Loss, random_signs, reduction_of
 from curvopt.losses.registry import loss
 
@@ -60,8 +61,8 @@ class CrossEntropy(Loss):
 
     @cached_property
     def alike(self) -> bool:
-        """Every token counts alike: no class weights, nothing ignored."""
-        if self.weight is not None or self.probabilities_given:
+        """Every token counts alike, as far as may be seen: no class weights, nothing ignored."""
+        if self.weight is not None or self.probabilities_given or not may_look():
             return False
         return not bool((self.target == self.ignore_index).any())
 

@@ -23,7 +23,7 @@ class SquaredError(Loss):
         self.weight = weight
 
     def curvature(self) -> Tensor:
-        two = self.output.new_tensor(2.0)
+        two = self.output.new_full((), 2.0)
         return two if self.weight is None else two * self.weight
 
     def apply_root(self, coefficients: Tensor) -> Tensor:

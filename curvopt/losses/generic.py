@@ -13,6 +13,7 @@ from torch import Tensor
 
 from curvopt.axes.layout import Layout
 from curvopt.errors import CurvoptError
+from curvopt.looks import refuse
 from curvopt.losses.base import Loss, reduction_of
 from curvopt.losses.cross_entropy import CrossEntropy, Likelihood
 from curvopt.losses.elementwise import same_shape
@@ -39,8 +40,7 @@ class Elementwise(Loss):
     def curvature(self) -> Tensor:
         z, slope = _slope(self.rows, self.z)
         second = _columns(slope, z, torch.ones_like(z)[None])[0]
-        if (second < 0).any():
-            raise _negative(self.name)
+        refuse(second < 0, partial(_negative, self.name))
         return second
 
     def apply_root(self, coefficients: Tensor) -> Tensor:
@@ -96,8 +96,7 @@ class RowWise(Loss):
                 )
             values, vectors = torch.linalg.eigh(hessian)
             rounding = 100 * torch.finfo(values.dtype).eps * values.abs().amax(-1, keepdim=True)
-            if (values < -rounding).any():
-                raise _negative(self.name)
+            refuse(values < -rounding, partial(_negative, self.name))
             self._root = vectors * values.clamp(min=0).sqrt().unsqueeze(-2)
         return self._root
 
@@ -132,11 +131,8 @@ class Closure(RowWise):
         noise = torch.rand(z.shape, generator=generator).add_(0.5)
         noise = noise * half.view(-1, *[1] * (z.ndim - 1))
         curved = _columns(slope, z, noise.to(z)[None])[0]
-        if (curved[(~half).to(z.device)] != 0).any():
-            raise CurvoptError(
-                f"the loss couples the rows of the output {list(z.shape)}, so its Hessian is not "
-                "block diagonal over samples; use DiagHessian, or a loss that sums over rows"
-            )
+        other = (~half).to(z.device).view(-1, *[1] * (z.ndim - 1))
+        refuse((curved != 0) & other, partial(_couples, list(z.shape)))
 
 
 def _no_rows(z: Tensor) -> Tensor:
@@ -172,6 +168,13 @@ def _columns(slope: Tensor, z: Tensor, unit: Tensor) -> Tensor:
             raise
         raise CurvoptError(f"the loss has no second derivative: {error}") from error
     return torch.stack(columns)
+
+
+def _couples(shape: list[int]) -> CurvoptError:
+    return CurvoptError(
+        f"the loss couples the rows of the output {shape}, so its Hessian is not "
+        "block diagonal over samples; use DiagHessian, or a loss that sums over rows"
+    )
 
 
 def _negative(name: str) -> CurvoptError:
@@ -212,6 +215,9 @@ _register(
 _register(RowWise, F.multi_margin_loss, F.multilabel_margin_loss, F.multilabel_soft_margin_loss)
 
 
+CLASSES = "kl_div has no root where its classes have weights of their own"
+
+
 class Divergence(CrossEntropy):
     """``kl_div`` of a recorded ``log_softmax``: its curvature is that of the cross entropy."""
 
@@ -219,8 +225,7 @@ class Divergence(CrossEntropy):
 
     def reduced(self, upstream: Tensor) -> Tensor:
         if self.reduction == "none" and upstream.ndim:
-            if (upstream != upstream[:, :1]).any():
-                raise CurvoptError("kl_div has no root where its classes have weights of their own")
+            refuse(upstream != upstream[:, :1], partial(CurvoptError, CLASSES))
             return upstream[:, 0]
         divisor = {"mean": self.output.numel(), "batchmean": len(self.output)}
         return upstream / divisor.get(self.reduction, 1)

@@ -15,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 from curvopt.engine.backward import unspent
 from curvopt.engine.computation import Computation
 from curvopt.errors import SCALED, CurvoptError
+from curvopt.looks import Conditions
 from curvopt.optim.gradients import Gradients, check_closures, of_lightning
 from curvopt.optim.joined import Backward
 from curvopt.quantities import Quantity
@@ -163,7 +164,8 @@ class EngineOptimizer(Gradients):
             with untraced():
                 if self.goes_backward:
                     self._meet_others()
-                self._update()
+                with self._without_looks():
+                    self._update()
             self.steps = taken + 1
         except BaseException as error:
             if self.goes_backward and isinstance(error, Exception):
@@ -255,8 +257,11 @@ class EngineOptimizer(Gradients):
                 "gradient, and go backward once over one forward pass"
             )
 
+        conditions = Conditions()
+
         def on(retain: bool = False) -> None:
             self._keep_gradients()
+            conditions.send()
             tape.went = 1
             with unspent(), tape.trace.paused(), torch.enable_grad(), self._seeing():
                 loss.backward(retain_graph=retain_graph or retain)
@@ -278,8 +283,9 @@ class EngineOptimizer(Gradients):
                 penalties=True,
             )
 
-        with torch.no_grad(), tape.trace.paused():
+        with torch.no_grad(), tape.trace.paused(), self._without_looks() as conditions:
             computation = self._measure(tape, make, wanted, on)
+        conditions.check()
         self._note(recorded=True)
         tape.consume(computation.reached)
 

@@ -10,8 +10,10 @@ import torch
 from torch import Generator, Tensor
 
 from curvopt.engine.computation import Computation
+from curvopt.looks import may_look
 from curvopt.optim import stats
 from curvopt.optim.joined import Backward
+from curvopt.optim.lead import lead_unseen, seen
 from curvopt.optim.rate import adapt
 from curvopt.optim.schedule import Scheduled
 from curvopt.optim.squares import nothing, square, squares
@@ -121,7 +123,7 @@ class DiagGGNOptimizer(Scheduled):
     """
 
     saved: ClassVar[tuple[str, ...]] = ("steps", "waiting")
-    takes_shards = True
+    takes_shards = looks_away = True
 
     def __init__(
         self,
@@ -233,7 +235,7 @@ class DiagGGNOptimizer(Scheduled):
                 if p.grad is None:
                     continue
                 parts = [part[p] for part in measured if p in part]
-                state = dict(self.state[p]) if p in self.state else {}
+                state = seen(self.state[p]) if p in self.state else {}
                 fresh = not state.get("weight")
                 if fresh and not parts:
                     unmeasured.add(p)  # its first step waits for its curvature
@@ -337,6 +339,8 @@ class Plan:
         """Find how far each parameter goes."""
         momentum, moves = group["momentum"], self.moves
         adapts = momentum and group["adaptation"]
+        if not may_look():
+            return lead_unseen(moves, group, lr, self._whole)
         parts = [squares(move.m, move.grad, move.inverse, self.weight) for move in moves]
         # Fetched from their device at once.
         numbers = torch.stack([*self._whole(parts, moves)]).tolist()

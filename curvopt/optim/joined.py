@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch import Generator, Tensor
 from curvopt.engine.checks import check_loss
 from curvopt.engine.computation import Computation
 from curvopt.errors import CurvoptError
+from curvopt.looks import Conditions, not_looking, waits
 from curvopt.optim.checkpoint import PLACES
 from curvopt.optim.contract import Contract
 from curvopt.parallel.groups import Ranks, token_of
@@ -52,6 +53,8 @@ class Joined(Contract):
     goes_backward = True
     #: Parameters may be divided among the processes by `fully_shard`.
     takes_shards = False
+    #: A step needs no value on the host, but to see whether it failed.
+    looks_away = False
     #: Passes are joined one by one, so that all processes must have as many.
     joins_passes = False
 
@@ -145,7 +148,8 @@ class Joined(Contract):
         They are in the wrapper's collectives, so that this process takes part in them.
         """
         try:
-            check_loss(loss)
+            with self._without_looks() as conditions:
+                check_loss(loss)
         except CurvoptError:
             if self._ranks.many:
                 grads = [(p, p.grad) for p in self._parameters()]
@@ -156,7 +160,17 @@ class Joined(Contract):
                     p.grad = grad
                 self._tell()
             raise
+        conditions.send()
         backward()
+        conditions.check()
+
+    def _without_looks(self) -> AbstractContextManager[Conditions]:
+        """Let the device go on, where a look at a value would wait for it.
+
+        One of several processes looks at once, so that the others hear of a failure.
+        """
+        away = self.looks_away and waits(self._parameters())
+        return not_looking(away and not self._ranks.many)
 
     # -- meeting ----------------------------------------------------------------------------------
 

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from curvopt.optim.lead import fetch_numbers, square, wide
 from curvopt.optim.rate import noise_of
 from curvopt.optim.state import sides
-from curvopt.parallel.shards import local, over_shards
+from curvopt.parallel.shards import over_shards
 
 
 @dataclass
@@ -62,20 +63,10 @@ def fetched(params: list[Tensor], rows: list[list[Tensor]]) -> list[list[float]]
     return over_shards(sums, params).tolist()
 
 
-def wide(x: Tensor) -> Tensor:
-    """The part that is here in double precision, where a device has it: no square overflows."""
-    part: Tensor = local(x)
-    return part.float() if part.device.type == "mps" else part.double()
-
-
-def square(x: Tensor) -> Tensor:
-    """The squared norm."""
-    return torch.linalg.vector_norm(x).square()
-
-
 def diag_ggn(groups: list[dict[str, Any]], states: Any) -> Stats:
     """What `DiagGGNOptimizer` logs, from its state."""
-    moved = [(p, g, states[p]) for g in groups for p in g["params"] if states.get(p)]
+    moved = [(p, g, {**states[p]}) for g in groups for p in g["params"] if states.get(p)]
+    fetch_numbers([state for _, _, state in moved])
     rows = []
     for _, _, state in moved:
         m, inverse = wide(state["momentum_buffer"]), wide(state["inverse"])

@@ -13,6 +13,7 @@ from curvopt.errors import CurvoptError
 from curvopt.optim import stats
 from curvopt.optim.base import EngineOptimizer
 from curvopt.optim.joined import Backward
+from curvopt.optim.lead import put
 from curvopt.optim.noise import Batch, Moments, Noise, guessed
 from curvopt.optim.squares import square
 from curvopt.optim.state import held
@@ -105,7 +106,7 @@ class VarianceAdaptiveSGD(EngineOptimizer):
     """
 
     saved: ClassVar[tuple[str, ...]] = ("steps", "samples", "averages")
-    takes_shards = True
+    takes_shards = looks_away = True
 
     def __init__(
         self,
@@ -281,7 +282,7 @@ class VarianceAdaptiveSGD(EngineOptimizer):
         rates = {p: float(group["lr"]) for group in self.param_groups for p in group["params"]}
         scatters = batch.spreads
         gradient, variance = batch.norms.sum(), n / (n - 1) * scatters.sum()
-        weighted = scatters @ scatters.new_tensor([rates[p] for p in batch.scatter])
+        weighted = scatters @ put([[rates[p] for p in batch.scatter]], scatters)[0]
         seen = {
             "weight": torch.ones_like(gradient),
             "gradient": gradient,

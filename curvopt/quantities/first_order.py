@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
 from curvopt.errors import CurvoptError
+from curvopt.looks import may_look, refuse
 from curvopt.quantities.base import Context, Quantity
 from curvopt.structures import Mended, Structure
+from curvopt.structures.base import UNUSUAL
 
 
 class Gradient(Quantity):
@@ -139,7 +143,7 @@ class ClippedGradSum(Quantity):
         parts = [squares[0] for squares, _ in gauges]
         squares = torch.stack(parts)
         doubts = [doubt[0] for _, doubt in gauges if doubt is not None]
-        some = bool(torch.stack([~squares.sum(0).isfinite(), *doubts]).any())  # one look by host
+        some = self._some(torch.stack([~squares.sum(0).isfinite(), *doubts]).any())
         if some:
             for index, (p, (_, doubt)) in enumerate(zip([*structures], gauges, strict=True)):
                 if doubt is not None and doubt.any():
@@ -154,6 +158,13 @@ class ClippedGradSum(Quantity):
             p: _sum_without(left_out, s, w.to(part)) if some else s.sum(w.to(part))
             for (p, s), w, part in zip(structures.items(), weights, parts, strict=True)
         }
+
+    def _some(self, special: Tensor) -> bool:
+        """Whether a sample is not finite or in doubt; where nobody may look, none must be."""
+        if may_look():
+            return bool(special)
+        refuse(special, partial(CurvoptError, UNUSUAL))
+        return False
 
 
 def _sum_without(left_out: Tensor, structure: Structure, weights: Tensor) -> Tensor:

@@ -5,12 +5,14 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from copy import copy
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Size, Tensor
 
 from curvopt.errors import CurvoptError
+from curvopt.looks import may_look, refuse
 from curvopt.structures.kronecker import Factors
 from curvopt.structures.numerics import accumulate, small_beside, squared_norm
 
@@ -20,6 +22,10 @@ DENSE_BLOCK = 1 << 12
 BLOCK = 1 << 19
 # A variance is in doubt, likewise, where it is this share of the second moment.
 SPREAD = 2e4
+
+UNUSUAL = (
+    "a sample's gradient is not finite, or too small beside its terms for its norm to be exact"
+)
 
 
 class Structure(ABC):
@@ -150,9 +156,11 @@ class Structure(ABC):
         The host looks whether any is in doubt, which on an accelerator waits for the device.
         """
         squares, doubt = self.gauge()
-        if doubt is None or not doubt.any():
-            return squares
-        return Mended(self, doubt).squared_norms()
+        if doubt is not None and not may_look():
+            refuse(doubt, partial(CurvoptError, UNUSUAL))
+        elif doubt is not None and doubt.any():
+            return Mended(self, doubt).squared_norms()
+        return squares
 
     def gauge(self) -> tuple[Tensor, Tensor | None]:
         """Squared norms by the cheapest way, ``[V, N]``, and which of them are in doubt.

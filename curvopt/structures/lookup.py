@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Size, Tensor
 
+from curvopt.looks import may_look
 from curvopt.structures.base import Structure
 from curvopt.structures.kronecker import Factors
 from curvopt.structures.numerics import small_beside, widened
@@ -53,7 +54,11 @@ class Lookup(Structure):
     @cached_property
     def touched(self) -> Touched:
         """The lookups, those of one table row by one sample summed."""
-        keys, pairs = self.keys(0, self.samples).unique(return_inverse=True)
+        given = self.keys(0, self.samples)
+        if may_look():
+            keys, pairs = given.unique(return_inverse=True)
+        else:  # as many pairs as there may be, so that no shape depends on values
+            keys, pairs = _numbered(given)
         values = scatter(self.values.flatten(1, 2), pairs, len(keys), 1)
         samples = keys.div(self.shape[0], rounding_mode="floor")
         return Touched(values, samples, keys - samples * self.shape[0], pairs)
@@ -86,7 +91,7 @@ class Lookup(Structure):
         number = self.columns * self.samples
         mean = total.view(self.shape[0], -1) / max(1, number)
         around = scatter((values - mean[indices]).square().sum(0), indices, self.shape[0])
-        touched = self.columns * indices.bincount(minlength=self.shape[0]).unsqueeze(1)
+        touched = scatter(values.new_ones(len(indices), 1), indices, self.shape[0]) * self.columns
         around = (around + (number - touched) * mean.square()).view(self.shape)
         return (total, around) if scale == 1 else (total * scale, around * scale**2)
 
@@ -99,7 +104,7 @@ class Lookup(Structure):
     def gauge(self) -> tuple[Tensor, Tensor | None]:
         values, samples, _, _ = self.touched
         squares = scatter(values.square().sum(-1), samples, self.samples, 1)
-        if values.shape[1] == self.indices.numel():  # none twice
+        if may_look() and values.shape[1] == self.indices.numel():  # none twice
             return squares, None
         return squares, small_beside(squares, self.reach())
 
@@ -134,6 +139,15 @@ class Lookup(Structure):
         values = self.values.flatten(0, 2)
         outputs = values.mT @ values / max(1, self.indices.shape[1])
         return Factors((counts, outputs), outputs=1)
+
+
+def _numbered(keys: Tensor) -> tuple[Tensor, Tensor]:
+    """As ``keys.unique(return_inverse=True)``, with zeros for the keys that others are equal to."""
+    ordered, order = keys.sort()
+    news = (ordered[1:] != ordered[:-1]).long()
+    number = torch.cat([torch.zeros_like(ordered[:1]), news]).cumsum(0)
+    inverse = torch.zeros_like(number).scatter(0, order, number)
+    return torch.zeros_like(ordered).scatter(0, number, ordered), inverse
 
 
 def scatter(values: Tensor, indices: Tensor, size: int, axis: int = 0) -> Tensor:

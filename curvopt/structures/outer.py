@@ -8,6 +8,7 @@ from copy import copy
 import torch
 from torch import Size, Tensor
 
+from curvopt.looks import may_look
 from curvopt.structures.base import BLOCK, SPREAD, Dense, Structure
 from curvopt.structures.kronecker import Factors
 from curvopt.structures.numerics import (
@@ -87,9 +88,11 @@ class Outer(Structure):
         limit = units(total, SPREAD)
         scatter.addcmul_(total, total, value=-share * (1 + limit))
         where = None
-        if scatter.numel() and scatter.detach().amin() < 0:  # the host waits for it
+        if may_look() and scatter.numel() and scatter.detach().amin() < 0:
             where = scatter < 0
         scatter.addcmul_(total, total, value=share * limit)
+        if not may_look():  # to some units of the squared sum, where nothing is done again
+            scatter.clamp_(min=0)
         if where is not None:
             self._spread_again(scatter, where)
         return scatter
