@@ -1,6 +1,7 @@
 """Curvature-aware optimizers for any PyTorch model, on one engine for per-sample quantities."""
 
 from curvopt.api import compute, record
+from curvopt.compiled import compile
 from curvopt.engine.result import Result
 from curvopt.errors import CurvoptError, SlowPathWarning
 from curvopt.jacobians import (
@@ -81,6 +82,7 @@ __all__ = [
     "batch_hessian",
     "batch_hessian_diag",
     "batch_jacobian",
+    "compile",
     "compute",
     "empirical_ntk",
     "ggn_vector_product",

@@ -13,7 +13,7 @@ FILES = sorted((ROOT / "curvopt").rglob("*.py"))
 # side by side.
 ORDER = """
     errors | looks | axes | structures | ops losses | recording | quantities | engine |
-    api products datasets | jacobians verify | parallel | privacy | optim
+    api products datasets | jacobians verify | parallel | privacy | optim | compiled
 """
 FLOORS = {name: at for at, names in enumerate(ORDER.split("|")) for name in names.split()}
 LINES = 400

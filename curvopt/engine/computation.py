@@ -30,7 +30,7 @@ from curvopt.losses.generic import Closure
 from curvopt.quantities.base import Context, Cotangent, Pass, Quantity
 from curvopt.quantities.first_order import Gradient
 from curvopt.recording.hooks import random_kept
-from curvopt.recording.uses import Call
+from curvopt.recording.uses import Call, Use
 from curvopt.structures import Dense, Structure, total
 
 
@@ -119,18 +119,59 @@ class Computation(Reduction):
                 parts[p] = [Dense(rows)]
             structures = {p: total(parts[p]) for p in self.tape.params if p in parts}
             self._audit("watch", structures, {p: p.grad for p in due}, sent)
-            # A coarser type on the way would show in a difference of large numbers.
-            coarse = {c.dtype for c in sent.values()} - {self.loss.dtype}
-            del sent
+            # What follows may change the gradient in place.
             totals = {
-                p: p.grad.clone()  # what follows may change the gradient in place
+                p: p.grad.clone()
                 for p in left
-                if p in structures and p.grad is not None and not coarse and _exact(p.grad)
+                if p in structures and p.grad is not None and self._tells(p.grad, sent)
             }
-            context = Context(self.samples, 1.0, 1.0, True, self.tape.name, totals)
-            for quantity in quantities:
-                result = quantity.finish(quantity.reduce_all(structures, context))
-                values[quantity.field] = Values(quantity.field, result, self.tape.names)
+            del sent
+            values.update(self._of_gradient(quantities, structures, totals))
+
+    def _tells(self, grad: Tensor, sent: dict[Use, Tensor]) -> bool:
+        """Whether a gradient is the sum of the samples' parts, to the last digits."""
+        # A coarser type on the way would show in a difference of large numbers.
+        return _exact(grad) and all(c.dtype == self.loss.dtype for c in sent.values())
+
+    def _of_gradient(
+        self,
+        quantities: Sequence[Quantity],
+        structures: dict[Tensor, Structure],
+        totals: dict[Tensor, Tensor],
+    ) -> dict[str, Any]:
+        """Quantities of the samples' parts of the gradient, as `Values`."""
+        context = Context(self.samples, 1.0, 1.0, True, self.tape.name, totals)
+        found = {}
+        for quantity in quantities:
+            result = quantity.finish(quantity.reduce_all(structures, context))
+            found[quantity.field] = Values(quantity.field, result, self.tape.names)
+        return found
+
+    def with_gradient(
+        self, quantities: Sequence[Quantity]
+    ) -> tuple[list[Tensor | None], dict[str, Any]]:
+        """Gradients of the parameters, and quantities of the samples' parts, in one backward pass.
+
+        What `watching` does around torch's own, for passes in which all paths are uses.
+        """
+        self.prepare()
+        params, ends = self.tape.params, len(self.uses)
+        wanted: list[Any] = [*(use.edge for use in self.uses), *params]
+        found = torch.autograd.grad(self.loss, wanted, allow_unused=True, retain_graph=True)
+        with torch.no_grad():
+            pairs = zip(self.uses, found[:ends], strict=True)
+            sent = {use: c.unsqueeze(0) for use, c in pairs if c is not None}
+            parts = self._structures([*sent], [*sent.values()])
+            structures = {p: total(parts[p]) for p in params if p in parts}
+            grads = dict(zip(params, found[ends:], strict=True))
+            totals = {
+                p: g
+                for p, g in grads.items()
+                if not self._plan.loose and p in structures and g is not None
+                if self._tells(g, sent)
+            }
+            values = self._of_gradient(quantities, structures, totals)
+        return [*grads.values()], values
 
     def leave(self) -> None:
         """Leave the pass to torch: nothing is known of its samples, and nothing asked."""
@@ -228,7 +269,7 @@ class Computation(Reduction):
         if self.record.reentrant:
             raise CurvoptError(REENTRANT)
         try:
-            self.plan = plan_of(self.tape, self.loss)
+            self.plan = self.tape.known or plan_of(self.tape, self.loss)
         except Coupled as error:
             if self.record.coupled:
                 raise CurvoptError(

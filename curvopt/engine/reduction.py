@@ -172,7 +172,7 @@ class Reduction(Cotangents):
         """
         params = [p for p in self.tape.params if p not in self.slow and not p._backward_hooks]
         count, known = self._plan.audited[asker], self._plan.known[asker]
-        if not params or not self.samples or self.hooked:
+        if not params or not self.samples or self.hooked or self.tape.known is not None:
             return []
         if asker == "watch":
             return [] if count % audit.EVERY else self._undisturbed()

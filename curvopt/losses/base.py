@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -161,6 +163,24 @@ class Loss(ABC):
         return self.apply_root(signs.mul_(scale.unsqueeze(-1)))
 
 
+# Where random signs come from instead.
+_SOURCES: list[Callable[..., Tensor]] = []
+
+
+@contextmanager
+def signs_from(source: Callable[..., Tensor]) -> Iterator[None]:
+    """Have the random signs of losses from elsewhere: they are drawn outside of a traced graph.
+
+    Args:
+        source: called as `random_signs`.
+    """
+    _SOURCES.append(source)
+    try:
+        yield
+    finally:
+        _SOURCES.pop()
+
+
 def _no_root(name: str) -> CurvoptError:
     return CurvoptError(
         f"{name} enters the loss with a negative weight, so its Gauss-Newton matrix "
@@ -170,6 +190,8 @@ def _no_root(name: str) -> CurvoptError:
 
 def random_signs(like: Tensor, shape: tuple[int, ...], generator: torch.Generator | None) -> Tensor:
     """Independent random signs."""
+    if _SOURCES:
+        return _SOURCES[-1](like, shape, generator)
     return like.new_empty(shape).bernoulli_(0.5, generator=generator).mul_(2).sub_(1)
 
 

@@ -152,7 +152,7 @@ class Watch:
             self.tape = None
 
     def __del__(self) -> None:
-        if not sys.is_finalizing():
+        if sys is not None and not sys.is_finalizing():  # modules go last
             self.rest()
 
     # -- modules ----------------------------------------------------------------------------------

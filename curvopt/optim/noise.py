@@ -205,6 +205,41 @@ class Batch:
         return batch
 
 
+def observed(
+    averages: Mapping[str, Tensor], batch: Batch, rates: Tensor, decay: float
+) -> dict[str, Tensor]:
+    """Averages of what `Noise` needs; numerators and denominators apart.
+
+    Args:
+        averages: of the steps before.
+        batch: what was measured.
+        rates: learning rates of the parameters that were measured, in order.
+        decay: of the averages.
+    """
+    n, scatters = batch.samples, batch.spreads
+    gradient, variance = batch.norms.sum(), n / (n - 1) * scatters.sum()
+    seen = {
+        "weight": torch.ones_like(gradient),
+        "gradient": gradient,
+        "variance": variance,
+        "trace": n * variance,
+        "signal": gradient - variance,
+        "loss": batch.loss.to(gradient),
+        "cabs": n * n / (n - 1) * (scatters @ rates),
+    }
+    if batch.products is not None:
+        # With d_n = <z_n, g>: sum_n d_n = |g|^2, and sum_n |z_n|^2 is the scatter + |g|^2 / n.
+        energy = scatters.sum() + gradient / n
+        seen["tested"] = gradient
+        seen["tested squared"] = gradient**2
+        seen["along"] = n / (n - 1) * (batch.products - gradient**2 / n)
+        seen["across"] = n / (n - 1) * (energy - batch.products / gradient)
+    now, none = torch.stack([*seen.values()]), torch.zeros_like(gradient)
+    before = torch.stack([averages.get(name, none) for name in seen]).to(now)
+    means = before.lerp(now, 1 - decay).unbind()
+    return {**averages, **dict(zip(seen, means, strict=True))}
+
+
 def guessed(grad: Tensor, b: Tensor, t: int, mu: float) -> Tensor:
     """The variance of a single sample's gradient, from its distance to the mean of those before.
 

@@ -14,7 +14,7 @@ from curvopt.optim import stats
 from curvopt.optim.base import EngineOptimizer
 from curvopt.optim.joined import Backward
 from curvopt.optim.lead import put
-from curvopt.optim.noise import Batch, Moments, Noise, guessed
+from curvopt.optim.noise import Batch, Moments, Noise, guessed, observed
 from curvopt.optim.squares import square
 from curvopt.optim.state import held
 from curvopt.optim.variance_plan import Plan, Row, floor
@@ -278,31 +278,9 @@ class VarianceAdaptiveSGD(EngineOptimizer):
 
     def _observed(self, batch: Batch) -> dict[str, Tensor]:
         """Averages of what `noise` needs; numerators and denominators apart."""
-        n = batch.samples
         rates = {p: float(group["lr"]) for group in self.param_groups for p in group["params"]}
-        scatters = batch.spreads
-        gradient, variance = batch.norms.sum(), n / (n - 1) * scatters.sum()
-        weighted = scatters @ put([[rates[p] for p in batch.scatter]], scatters)[0]
-        seen = {
-            "weight": torch.ones_like(gradient),
-            "gradient": gradient,
-            "variance": variance,
-            "trace": n * variance,
-            "signal": gradient - variance,
-            "loss": batch.loss.to(gradient),
-            "cabs": n * n / (n - 1) * weighted,
-        }
-        if batch.products is not None:
-            # With d_n = <z_n, g>: sum_n d_n = |g|^2, and sum_n |z_n|^2 is the scatter + |g|^2 / n.
-            energy = scatters.sum() + gradient / n
-            seen["tested"] = gradient
-            seen["tested squared"] = gradient**2
-            seen["along"] = n / (n - 1) * (batch.products - gradient**2 / n)
-            seen["across"] = n / (n - 1) * (energy - batch.products / gradient)
-        now, none = torch.stack([*seen.values()]), torch.zeros_like(gradient)
-        before = torch.stack([self.averages.get(name, none) for name in seen]).to(now)
-        averages = before.lerp(now, 1 - self.noise_decay).unbind()
-        return {**self.averages, **dict(zip(seen, averages, strict=True))}
+        (row,) = put([[rates[p] for p in batch.scatter]], batch.spreads)
+        return observed(self.averages, batch, row, self.noise_decay)
 
     def _stats(self) -> stats.Stats:
         noise = self.noise if self.averages else None

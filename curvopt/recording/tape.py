@@ -59,9 +59,11 @@ class Tape(Modules, Losses, TorchFunctionMode):
         thread: the thread that is recorded.
         serial: columns go back one by one: code on the way is not to be vectorized.
         views: how many rows of the data are views of one sample, and in which order.
+        known: the plan of the pass, where it was made before, of an equal pass.
     """
 
     views: tuple[int, ViewOrder] = 1, "sample"
+    known: Any = None
     owner: Any = None
     around: Callable[[], AbstractContextManager[Any]] | None = None
     went = 0

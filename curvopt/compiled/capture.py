@@ -1,0 +1,100 @@
+"""Dynamo in front: it captures the user's function, and guards what it depends on."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import types
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+
+from curvopt.compiled.tracing import Unsuited
+
+#: Makes a fast function of a graph of ops and its inputs.
+Compiler = Callable[[Any, list[Any]], Callable[..., Any]]
+
+
+def inductor(graph: Any, inputs: list[Any]) -> Callable[..., Any]:
+    """Compile a graph of ops with Inductor."""
+    from torch._inductor import config
+    from torch._inductor.compile_fx import compile_fx
+
+    on_cpu = all(value.device.type == "cpu" for value in inputs)
+    # Channels last costs more than it gains on small maps: a whole step is slower than eager.
+    patches: dict[str, Any] = {"layout_optimization": False} if on_cpu else {}
+    with config.patch(patches):
+        compiled: Any = compile_fx(graph, inputs)
+    made: Callable[..., Any] = compiled
+    return made
+
+
+class Capture:
+    """The user's function, captured anew where a guard fails.
+
+    Args:
+        function: the user's, of a batch.
+        made: makes what runs in the place of a captured graph.
+    """
+
+    def __init__(self, function: Callable[..., Any], made: Callable[[Any], Callable[..., Any]]):
+        def backend(captured: Any, inputs: Any) -> Callable[..., Any]:
+            return made(captured)
+
+        self._front = torch.compile(_own(function), backend=backend, fullgraph=True, dynamic=False)
+        self._patient = False
+
+    def __call__(self, *batch: Any) -> Any:
+        """Run it.
+
+        Raises:
+            Unsuited: it cannot be captured as one graph.
+        """
+        dynamo: Any = sys.modules["torch._dynamo"]
+        try:
+            with torch.enable_grad():
+                if not self._patient:
+                    return self._front(*batch)
+                with _patience():
+                    return self._front(*batch)
+        except dynamo.exc.TorchDynamoException as error:
+            if not self._patient:  # once more, with what Dynamo leaves out by default
+                self._patient = True
+                return self(*batch)
+            raise Unsuited(_said(error)) from error
+
+
+def _patience() -> AbstractContextManager[Any]:
+    """Capture recurrent layers, and leave out messages for a log."""
+    kinds = (logging.Logger.debug, logging.Logger.info, logging.Logger.warning)
+    ignored: set[Any] = {*kinds, logging.Logger.error, logging.Logger.log}
+    of_transformers = sys.modules.get("transformers.utils.logging")
+    if of_transformers is not None:
+        ignored |= {of_transformers.warning_once, of_transformers.info_once}
+    config: Any = sys.modules["torch._dynamo"].config
+    patch: AbstractContextManager[Any] = config.patch(
+        allow_rnn=True, ignore_logging_functions=config.ignore_logging_functions | ignored
+    )
+    return patch
+
+
+def _said(error: Exception) -> str:
+    """Why Dynamo gave up: what it says first, and the user's line."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    where = next((line for line in lines if line.startswith('File "')), "")
+    first = lines[0] if lines else type(error).__name__
+    more = next((line for line in lines if line.startswith("Explanation:")), "")
+    return ". ".join(part for part in (first, more, where) if part)
+
+
+def _own(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function behind a code object of its own: Dynamo keeps what it captured with the code."""
+
+    def step(*batch: Any) -> Any:
+        return function(*batch)
+
+    code = step.__code__.replace(co_name=f"step_{id(function)}")
+    made = types.FunctionType(code, step.__globals__, None, None, step.__closure__)
+    return made

@@ -1,0 +1,383 @@
+"""A captured function as the graphs of whole steps, one for each thing that a step may do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from curvopt.compiled.tracing import (
+    KnownTape,
+    Unsuited,
+    check_plan,
+    kept_randomness,
+    loss_of,
+    outline,
+    share,
+)
+from curvopt.compiled.updates import Moved, Traced, Update
+from curvopt.engine.computation import Computation
+from curvopt.errors import CurvoptError
+from curvopt.looks import not_looking
+from curvopt.losses.base import random_signs, signs_from
+from curvopt.optim.lead import put
+from curvopt.recording.tape import Tape
+
+
+class Sign(NamedTuple):
+    """Random signs that a pass draws: their shape, and what they are drawn like and by."""
+
+    shape: tuple[int, ...]
+    like: Tensor
+    generator: torch.Generator | None
+
+
+class Proof(NamedTuple):
+    """What a pass with values has shown.
+
+    Attributes:
+        plan: where the samples are; None where nothing was measured.
+        outline: what was recorded.
+        signs: the random signs that it drew.
+        samples: N.
+        changed: numbers of the arguments that it changed in place.
+        reached: numbers of the parameters that take part.
+    """
+
+    plan: Any
+    outline: list[Any]
+    signs: list[Sign]
+    samples: int
+    changed: frozenset[int]
+    reached: tuple[int, ...]
+
+
+class Program(NamedTuple):
+    """A compiled step.
+
+    Attributes:
+        run: the graph.
+        proof: what is known of its pass.
+        outputs: how many outputs of the function there are.
+    """
+
+    run: Any
+    proof: Proof
+    outputs: int
+
+
+class Graph:
+    """One captured graph of the user's function, and the steps that were compiled of it.
+
+    Args:
+        captured: the graph, as Dynamo has captured it: calls of torch functions.
+        update: the step of the optimizer.
+        compiler: makes a fast function of a graph of ops, given its inputs.
+        told: called with the graph and what its step does, before the step.
+    """
+
+    def __init__(
+        self,
+        captured: GraphModule,
+        update: Update,
+        compiler: Any,
+        told: Callable[[Graph, Hashable], None],
+    ):
+        self.captured, self.update, self.compiler, self.told = captured, update, compiler, told
+        holders = [n for n in captured.graph.nodes if n.op == "placeholder"]
+        names = [_source(node) for node in holders]
+        self.buffers = [k for k, name in enumerate(names) if "_buffers[" in name]
+        self.programs: dict[Hashable, Program | Unsuited] = {}
+        self.params: list[tuple[int, Tensor]] = []
+        self.begun = False
+
+    def _begin(self, args: Sequence[Any]) -> None:
+        """Learn which arguments are the optimizer's parameters."""
+        own = {id(p) for group in self.update.opt.param_groups for p in group["params"]}
+        self.params = [(k, a) for k, a in enumerate(args) if id(a) in own and a.requires_grad]
+        self.begun = True
+        if any(not isinstance(a, Tensor) for a in args):
+            raise Unsuited("the captured function takes numbers that change")
+
+    def check(self, args: Sequence[Any]) -> list[Tensor]:
+        """The parameters, which must be those of the optimizer still.
+
+        Raises:
+            Unsuited: they are not.
+        """
+        if not self.begun:
+            self._begin(args)
+        for k, p in self.params:
+            if args[k] is not p:
+                raise Unsuited("a parameter of the model was replaced by another tensor")
+            if not p.requires_grad:
+                raise Unsuited("a parameter does not require a gradient any more")
+        return [p for _, p in self.params]
+
+    # -- a pass with values -----------------------------------------------------------------------
+
+    def _proven(self, args: Sequence[Any], mode: Hashable) -> Proof:
+        """Go through the pass as a step that is not compiled would, and change nothing."""
+        update, opt = self.update, self.update.opt
+        at = dict(self.params)
+        call = [a if k in at else _copied(a) for k, a in enumerate(args)]
+        versions = [a._version for a in call]
+        quantities, signs = update.quantities(mode), list[Sign]()
+
+        def drawn(like: Tensor, shape: tuple[int, ...], generator: Any) -> Tensor:
+            signs.append(Sign(shape, like.detach().new_empty(()), generator))
+            return torch.ones(shape, dtype=like.dtype, device=like.device)
+
+        names = {p: name for name, p in opt._named()}
+        tape = Tape([(names[p], p) for _, p in self.params], batch_size=opt.batch_size)
+        tape.views = getattr(opt, "views", 1), getattr(opt, "view_order", "sample")
+        held = [call[k] for k in self.buffers] if quantities else []
+        held += [a for k, a in enumerate(call) if isinstance(a, nn.Parameter) and k not in at]
+        share(tape, held)
+        with kept_randomness(args[0].device), signs_from(drawn):
+            if not quantities:
+                with torch.enable_grad():
+                    loss = loss_of(self.captured(*call))
+                    grads: Sequence[Any] = torch.autograd.grad(
+                        loss, [p for _, p in self.params], allow_unused=True
+                    )
+                plan, samples, sketch = None, 0, list[Any]()
+            else:
+                with torch.enable_grad(), tape:
+                    outputs = self.captured(*call)
+                computation = self._computation(tape, loss_of(outputs))
+                with torch.no_grad():
+                    computation.prepare()
+                    check_plan(computation)
+                    grads, _ = update.measure(computation, quantities)
+                plan, samples, sketch = computation.plan, computation.samples, outline(tape)
+                if not samples:
+                    raise Unsuited("the batch is empty")
+        changed = frozenset(k for k, a in enumerate(call) if a._version != versions[k])
+        if changed & at.keys():
+            raise Unsuited("the function changes a parameter in place")
+        if changed and update.private:
+            raise Unsuited("the function changes a buffer or its arguments in place")
+        reached = tuple(k for k, g in enumerate(grads) if g is not None)
+        return Proof(plan, sketch, signs, samples, changed, reached)
+
+    def _computation(self, tape: Tape, loss: Tensor) -> Computation:
+        opt = self.update.opt
+        return Computation(
+            tape, loss, opt.reduction, finite=False, declared=self.update.private, penalties=True
+        )
+
+    # -- the graph --------------------------------------------------------------------------------
+
+    def program(self, args: Sequence[Any], mode: Hashable) -> Program:
+        """The compiled step, made if there is none yet."""
+        key = mode, self.update.settings(), torch.is_autocast_enabled(args[0].device.type)
+        if key not in self.programs:
+            try:
+                self.programs[key] = self._build(args, mode)
+            except Unsuited as unsuited:
+                self.programs[key] = unsuited
+            except Exception as error:  # whatever it is, an eager step does not need the graph
+                self.programs[key] = Unsuited(_said(error))
+        found = self.programs[key]
+        if isinstance(found, Unsuited):
+            raise found
+        return found
+
+    def _build(self, args: Sequence[Any], mode: Hashable) -> Program:
+        proof = self._proven(args, mode)
+        params = self._moving(proof)
+        groups = self._groups(params)
+        given = self._inputs(args, proof, mode, params, groups, drawn=False)
+        counts = [len(part) for part in given]
+        number = 0
+
+        def step(*flat: Tensor) -> list[Tensor]:
+            nonlocal number
+            parts, start = [], 0
+            for count in counts:
+                parts.append([*flat[start : start + count]])
+                start += count
+            result, number = self._traced(proof, mode, groups, *parts)
+            return result
+
+        flat = [a.detach() for part in given for a in part]
+        with torch.no_grad(), kept_randomness(args[0].device):
+            graph = make_fx(step, tracing_mode="fake", _allow_non_fake_inputs=True)(*flat)
+            graph.graph.eliminate_dead_code()
+            graph.recompile()
+            run = self.compiler(graph, flat)
+        return Program(run, proof, number)
+
+    def _moving(self, proof: Proof) -> list[Tensor]:
+        """The parameters that move."""
+        return [p for k, (_, p) in enumerate(self.params) if k in proof.reached]
+
+    def _groups(self, params: Sequence[Tensor]) -> list[dict[str, Any]]:
+        groups = self.update.opt.param_groups
+        if len(groups) == 1:
+            return [groups[0]] * len(params)
+        of = {p: group for group in groups for p in group["params"]}
+        return [of[p] for p in params]
+
+    def _inputs(
+        self,
+        args: Sequence[Any],
+        proof: Proof,
+        mode: Hashable,
+        params: list[Tensor],
+        groups: Sequence[dict[str, Any]],
+        *,
+        drawn: bool = True,
+    ) -> list[list[Tensor]]:
+        """All that goes into a graph: arguments, state, numbers, signs, draws."""
+        update = self.update
+        rows = update.numbers(mode, params, groups, proof.samples)
+        numbers = [*put(rows, params[0].new_empty((), dtype=torch.float64))]
+        state = update.tensors(mode, params)
+        if not drawn:  # what has the same shapes will do
+            signs = [sign.like.new_ones(sign.shape) for sign in proof.signs]
+            return [[*args], state, numbers, signs, update.blanks(params)]
+        signs = [random_signs(sign.like, sign.shape, sign.generator) for sign in proof.signs]
+        return [[*args], state, numbers, signs, update.draw(params)]
+
+    def _traced(
+        self,
+        proof: Proof,
+        mode: Hashable,
+        groups: Sequence[dict[str, Any]],
+        args: list[Tensor],
+        state: list[Tensor],
+        numbers: list[Tensor],
+        signs: list[Tensor],
+        drawn: list[Tensor],
+    ) -> tuple[list[Tensor], int]:
+        """One step on tensors without values: its outputs, and how many are the function's own."""
+        update, at = self.update, {k: n for n, (k, _) in enumerate(self.params)}
+        call = [
+            a.detach().requires_grad_() if k in at else a.clone() if k in proof.changed else a
+            for k, a in enumerate(args)
+        ]
+        leaves = [call[k] for k in at]
+        quantities = update.quantities(mode)
+        names = {p: name for name, p in update.opt._named()}
+        rest = iter(signs)
+        with not_looking() as conditions, signs_from(lambda *_: next(rest)):
+            if quantities:
+                tape = KnownTape(
+                    [(names[p], leaf) for (_, p), leaf in zip(self.params, leaves, strict=True)],
+                    proof.plan,
+                )
+                share(tape, [call[k] for k in self.buffers])
+                with torch.enable_grad(), tape:
+                    outputs = self.captured(*call)
+                loss = loss_of(outputs)
+                computation = self._computation(tape, loss)
+                with torch.no_grad():
+                    grads, values = update.measure(computation, quantities, numbers)
+                if outline(tape) != proof.outline:
+                    raise Unsuited("a pass without values is recorded in another way")
+            else:
+                with torch.enable_grad():
+                    outputs = self.captured(*call)
+                    loss, values = loss_of(outputs), {}
+                    grads = [*torch.autograd.grad(loss, leaves, allow_unused=True)]
+            found = {k: grad for k, grad in enumerate(grads) if grad is not None}
+            if tuple(found) != proof.reached:
+                raise Unsuited("a pass without values reaches other parameters")
+            moving = [leaves[k] for k in found]
+            with torch.no_grad():
+                traced = Traced(
+                    moving, [*found.values()], groups, values, quantities,
+                    proof.samples, loss.detach(), state, numbers, drawn,
+                )  # fmt: skip
+                moved = update.move(traced)
+        return self._ended(args, call, at, proof, conditions.any(), outputs, moved)
+
+    def _ended(
+        self,
+        args: list[Tensor],
+        call: list[Tensor],
+        at: dict[int, int],
+        proof: Proof,
+        bad: Tensor | None,
+        outputs: Sequence[Any],
+        moved: Moved,
+    ) -> tuple[list[Tensor], int]:
+        """Write everything, if the step has not failed."""
+        loss = outputs[0].detach()
+        with torch.no_grad():
+            if self.update.finite_loss:
+                finite = ~loss.reshape(()).isfinite()
+                bad = finite if bad is None else bad | finite
+            if bad is None:
+                bad = torch.zeros((), dtype=torch.bool, device=loss.device)
+            targets = {id(call[k]): args[k] for k in at}
+            for target, value in moved.writes:
+                own = targets.get(id(target), target)
+                own.copy_(torch.where(bad, own, value))
+            for k in proof.changed:
+                args[k].copy_(torch.where(bad, args[k], call[k]))
+        tensors = [o.detach() for o in outputs]
+        return [bad, *tensors, *moved.grads, *moved.seen], len(tensors)
+
+    # -- running ----------------------------------------------------------------------------------
+
+    def __call__(self, *args: Any) -> Sequence[Any]:
+        """Take a step.
+
+        Raises:
+            Unsuited: it has to be taken eagerly; nothing was changed.
+        """
+        update = self.update
+        params = self.check(args)
+        mode = update.mode(params)
+        if mode is None:
+            raise Unsuited("")
+        self.told(self, mode)
+        program = self.program(args, mode)
+        proof = program.proof
+        update.begin(proof.samples)
+        moving = params if len(proof.reached) == len(params) else self._moving(proof)
+        groups = self._groups(moving)
+        inputs = [a for part in self._inputs(args, proof, mode, moving, groups) for a in part]
+        try:
+            with torch.no_grad():
+                result = program.run(*inputs)
+            failed = bool(result[0])
+        except BaseException:
+            update.interrupted()
+            raise
+        if failed:  # eagerly, it says why; or does what a graph cannot
+            raise Unsuited("")
+        end = 1 + program.outputs
+        for p, grad in zip(moving, result[end:], strict=False):
+            p.grad = grad
+        update.done(mode, moving, groups, proof.samples, result[end + len(moving) :])
+        return result[1:end]
+
+
+def _said(error: Exception) -> str:
+    """What an error says, in short."""
+    text = str(error).strip() or type(error).__name__
+    first = text.splitlines()[0]
+    return first if isinstance(error, CurvoptError) else f"{type(error).__name__}: {first}"
+
+
+def _copied(value: Any) -> Any:
+    """A copy of an argument that is no parameter: a pass may change it."""
+    if not isinstance(value, Tensor) or isinstance(value, nn.Parameter):
+        return value
+    return value.detach().clone().requires_grad_(value.requires_grad)
+
+
+def _source(node: Any) -> str:
+    """Where Dynamo has an argument from, as Python would write it."""
+    argument = node.meta.get("grapharg")
+    source = getattr(argument, "source", None)
+    name = getattr(source, "name", "")
+    return str(name() if callable(name) else name)

@@ -1,0 +1,293 @@
+"""`curvopt.compile`: which steps are compiled, and which are taken as ever."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Callable, Hashable
+from itertools import chain
+from typing import Any, NamedTuple
+
+from torch import Tensor
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
+
+from curvopt.compiled.capture import Capture, Compiler, inductor
+from curvopt.compiled.graph import Graph
+from curvopt.compiled.newton import NewtonUpdate
+from curvopt.compiled.private import PrivateAdam, PrivateSGD
+from curvopt.compiled.tracing import Unsuited
+from curvopt.compiled.updates import Update
+from curvopt.compiled.variance import VarianceUpdate
+from curvopt.optim.base import EngineOptimizer
+from curvopt.optim.diag_ggn import DiagGGNOptimizer
+from curvopt.optim.dp_adam import DPAdam
+from curvopt.optim.dp_sgd import DPSGD
+from curvopt.optim.variance_adaptive import VarianceAdaptiveSGD
+
+UPDATES: dict[type, type[Update]] = {
+    VarianceAdaptiveSGD: VarianceUpdate,
+    DiagGGNOptimizer: NewtonUpdate,
+    DPSGD: PrivateSGD,
+    DPAdam: PrivateAdam,
+}
+# Steps of each kind that are taken both ways in turn, to see which is the faster one.
+TRIALS = 4
+# A compiled step may take so many eager ones.
+SLOWER = 1.05
+
+
+class Trial(NamedTuple):
+    """How long steps of one kind took, in seconds."""
+
+    compiled: list[float]
+    eager: list[float]
+
+
+class CompiledStep:
+    """A step of an optimizer, compiled to one graph where that can be; see `compile`.
+
+    Attributes:
+        opt: the optimizer.
+        function: of a batch.
+        taken: how many steps were ``"compiled"`` and ``"eager"``.
+        reason: why steps are taken eagerly; empty if they are not.
+    """
+
+    def __init__(
+        self,
+        opt: EngineOptimizer,
+        function: Callable[..., Any],
+        *,
+        max_graphs: int = 4,
+        compare: bool = True,
+        compiler: Compiler = inductor,
+    ):
+        self.opt, self.function, self.max_graphs = opt, function, max_graphs
+        device = next(iter(opt._parameters())).device
+        self.compare = compare and device.type == "cpu"  # elsewhere the host's clock tells nothing
+        self.taken = {"compiled": 0, "eager": 0}
+        self.reason = ""
+        self._shapes: dict[Hashable, bool] = {}  # whether they are compiled
+        self._trials: dict[Hashable, Trial] = {}
+        self._slower: set[Hashable] = set()
+        self._settled: set[Hashable] = set()
+        self._graph: Graph | None = None
+        self._mode: Hashable = None
+        kind = UPDATES.get(type(opt))
+        self._update = kind(opt) if kind is not None else None
+        if self._update is None:
+            self._say(f"{type(opt).__name__} has no step for a graph")
+        else:
+            self._front = Capture(function, self._make(self._update, compiler))
+
+    def _make(self, update: Update, compiler: Compiler) -> Callable[[Any], Graph]:
+        def make(captured: Any) -> Graph:
+            return Graph(captured, update, compiler, self._note)
+
+        return make
+
+    def _note(self, graph: Graph, mode: Hashable) -> None:
+        """A graph is about to take a step."""
+        self._graph, self._mode = graph, mode
+
+    # -- a step -----------------------------------------------------------------------------------
+
+    def __call__(self, *batch: Any) -> Any:
+        """Take a step.
+
+        Args:
+            *batch: what the function is called with.
+
+        Returns:
+            What the function returned, without its graph.
+
+        Raises:
+            CurvoptError: as `step` of the optimizer; nothing was changed.
+        """
+        key = tuple(map(_kind, batch))
+        if not self._is_compiled(key):
+            return self._eagerly(batch)
+        times = self._eager_times(key) if self._trials or self._slower else None
+        if times is not None:
+            return self._timed(times, batch)
+        try:
+            result, took = self._compiled(batch)
+        except Unsuited as unsuited:
+            if unsuited.lasting:
+                self._shapes[key] = False
+                self._say(str(unsuited))
+            return self._eagerly(batch)
+        if self.compare:
+            self._compare((key, self._mode), took)
+        return result
+
+    def _is_compiled(self, key: Hashable) -> bool:
+        """Whether batches of these shapes are compiled: not when they come for the first time."""
+        if self._update is None:
+            return False
+        if key not in self._shapes:
+            self._shapes[key] = sum(self._shapes.values()) < self.max_graphs
+            if not self._shapes[key]:
+                self._say(f"batches come in more than {self.max_graphs} shapes (max_graphs)")
+            return False
+        if not self._shapes[key]:
+            return False
+        why = self._update.obstacle() or _obstacle(self.opt)
+        self._say(why)
+        return not why and not self.opt.collected
+
+    def _eagerly(self, batch: tuple[Any, ...]) -> Any:
+        self.taken["eager"] += 1
+        result = self.opt.step(lambda: self.function(*batch))
+        if isinstance(result, tuple):
+            return tuple(map(_detached, result))
+        return _detached(result)
+
+    def _compiled(self, batch: tuple[Any, ...]) -> tuple[Any, float]:
+        opt: Any = self.opt
+        if opt._watch is not None:  # the function is captured without hooks on its modules
+            opt._watch.rest()
+        opt._begin_pass()
+        begun = time.perf_counter()
+        result = self._front(*batch)
+        took = time.perf_counter() - begun
+        opt.steps += 1
+        opt._opt_called = True  # schedulers ask
+        opt._note(recorded=False)
+        self.taken["compiled"] += 1
+        for hook in chain(
+            _global_optimizer_post_hooks.values(), opt._optimizer_step_post_hooks.values()
+        ):
+            hook(opt, (), {})
+        return result, took
+
+    # -- which way is faster ----------------------------------------------------------------------
+
+    def _eager_times(self, key: Hashable) -> list[float] | None:
+        """The times of eager steps like the coming one, if it is to be taken eagerly."""
+        params = [] if self._graph is None else [p for _, p in self._graph.params]
+        try:
+            place = key, self._update.mode(params) if self._update else None
+        except Unsuited:
+            return None
+        if place in self._slower:
+            return []
+        trial = self._trials.get(place)
+        return trial.eager if trial and len(trial.eager) < len(trial.compiled) else None
+
+    def _timed(self, times: list[float], batch: tuple[Any, ...]) -> Any:
+        begun = time.perf_counter()
+        result = self._eagerly(batch)
+        times.append(time.perf_counter() - begun)
+        return result
+
+    def _compare(self, place: Hashable, took: float) -> None:
+        """Note how long a compiled step took; after some by turns, settle which way is faster."""
+        if place in self._settled:
+            return
+        trial = self._trials.setdefault(place, Trial([], []))
+        trial.compiled.append(took)
+        if len(trial.compiled) <= TRIALS:
+            return
+        del self._trials[place]
+        self._settled.add(place)
+        # The first one of each was made ready, too.
+        if min(trial.compiled[1:]) > SLOWER * min(trial.eager):
+            self._slower.add(place)
+            self._say("they would be slower (compare=False compiles them nevertheless)")
+
+    def _say(self, reason: str) -> None:
+        """Warn, once, that steps are taken eagerly."""
+        if reason and not self.reason:
+            self.reason = reason
+            warnings.warn(f"steps are taken eagerly: {reason}", UserWarning, stacklevel=4)
+
+
+def compile(
+    opt: EngineOptimizer,
+    function: Callable[..., Any],
+    *,
+    max_graphs: int = 4,
+    compare: bool = True,
+) -> CompiledStep:
+    """One graph per step: forward pass, loss, backward pass, what is measured, and the update.
+
+    A step on a small net is mostly Python and small ops. Compiled it costs about what a compiled
+    step of SGD costs, with the same numbers as `step`, to rounding.
+
+    Dynamo captures the function and guards what it depends on; the engine proves every captured
+    graph with the values of a batch, then traces the whole step with tensor-only updates, and
+    Inductor compiles that. Batches of new shapes take their first step eagerly and are compiled at
+    their second. A step that cannot be compiled is taken eagerly, with one warning that says why;
+    so is one in which something unusual comes up, such as a loss that is not finite: whatever
+    a step says, it says here too.
+
+    When not to use it: for a few hundred steps, as compiling a graph takes some ten seconds, a
+    minute for a transformer (less when its code is in the disk's cache), and an optimizer that
+    measures every so many steps has two graphs; where shapes change from batch to batch.
+
+    Args:
+        opt: the optimizer: `VarianceAdaptiveSGD`, `DiagGGNOptimizer`, `DPSGD` or `DPAdam`; others
+            step eagerly.
+        function: of a batch, returns the loss, or ``(loss, output)``. It must be capturable as one
+            graph (``torch.compile(..., fullgraph=True)``), and goes neither backward nor steps.
+        max_graphs: how many shapes of batches are compiled; others step eagerly.
+        compare: take the first steps of each kind by turns compiled and eagerly, and go on eagerly
+            where compiled ones take more than 1.05 times as long. On a CPU alone.
+
+    Returns:
+        ``step``: ``loss = step(*batch)`` takes one step. The loss has no graph. Its ``taken``
+        tells how many steps were compiled, its ``reason`` why others were not.
+
+    Raises:
+        TypeError: ``opt`` is no optimizer of the package.
+        ValueError: ``max_graphs`` is below one.
+
+    Note:
+        Schedulers, `state_dict`, `zero_grad` and `stats` work as ever, and a checkpoint goes on
+        either way. Afterwards ``p.grad`` holds the gradient. Buffers that the model changes are
+        written by the graph. Learning rates are inputs; a changed setting makes a new graph.
+        Parameters must stay the same tensors. Dropout draws from torch's global generator, random
+        signs and private noise from the optimizer's own.
+
+    Example:
+        >>> model = torch.nn.Linear(4, 3)
+        >>> opt = curvopt.VarianceAdaptiveSGD(model.parameters())
+        >>> step = curvopt.compile(
+        ...     opt, lambda x, y: torch.nn.functional.cross_entropy(model(x), y)
+        ... )
+        >>> x, y = torch.randn(8, 4), torch.randint(3, (8,))
+        >>> loss = step(x, y)
+    """
+    if not isinstance(opt, EngineOptimizer):
+        raise TypeError(f"curvopt.compile: {type(opt).__name__} is no optimizer of curvopt")
+    if max_graphs < 1:
+        raise ValueError(f"Invalid max_graphs: {max_graphs} (at least 1)")
+    return CompiledStep(opt, function, max_graphs=max_graphs, compare=compare)
+
+
+def _kind(value: Any) -> Hashable:
+    """What a graph is made for: shapes and types of tensors."""
+    if isinstance(value, Tensor):
+        return value.shape, value.dtype, value.device, value.requires_grad
+    if isinstance(value, list | tuple):
+        return (type(value), *map(_kind, value))
+    if isinstance(value, dict):
+        return (type(value), *((key, _kind(item)) for key, item in value.items()))
+    return type(value).__name__
+
+
+def _obstacle(opt: Any) -> str:
+    """What a graph would leave out."""
+    if opt._ranks.many:
+        return "several processes take the step together"
+    if opt._optimizer_step_pre_hooks or _global_optimizer_pre_hooks:
+        return "hooks run before each step of the optimizer"
+    for p in opt._parameters():
+        if p._backward_hooks or p._post_accumulate_grad_hooks:
+            return "a parameter has a gradient hook"
+    return ""
+
+
+def _detached(value: Any) -> Any:
+    return value.detach() if isinstance(value, Tensor) else value

@@ -1,0 +1,117 @@
+"""Recording a pass of which the plan is known, on tensors without values."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from curvopt.axes.trace import Ref, Trace
+from curvopt.engine.computation import Computation
+from curvopt.recording.tape import Tape
+from curvopt.recording.uses import Shared
+
+_NOWHERE = Ref(-1, 0, torch.Size(), (), torch.float32, False)
+
+
+class Unsuited(Exception):
+    """Why a step is taken eagerly: all those to come, or this one alone where nothing is said."""
+
+    @property
+    def lasting(self) -> bool:
+        """Whether later steps of such batches are taken eagerly too."""
+        return bool(str(self))
+
+
+class Blind(Trace):
+    """Stands in for a trace: what it would tell is known."""
+
+    def __enter__(self) -> Any:
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        pass
+
+    def ref(self, tensor: Tensor) -> Ref:
+        """Nothing is asked of it."""
+        return _NOWHERE
+
+    def paused(self) -> Any:
+        """It never runs."""
+        return nullcontext()
+
+
+class KnownTape(Tape):
+    """Records a pass whose plan is known.
+
+    Args:
+        params: as in the base class.
+        plan: of the pass.
+    """
+
+    def __init__(self, params: Iterable[tuple[str, Tensor]], plan: Any):
+        super().__init__(params)
+        self.known = plan
+
+    def reset(self) -> None:
+        """As in the base class; nothing is traced."""
+        super().reset()
+        self.trace = Blind()
+
+
+def share(tape: Tape, tensors: Iterable[Tensor]) -> None:
+    """Tell a recording of tensors that are the same for all samples: buffers, other parameters."""
+    for tensor in tensors:
+        tape.shared[id(tensor)] = Shared(tensor, tensor._version, frozenset())
+        tape.record.silent.append(tensor)
+
+
+def outline(tape: Tape) -> list[Any]:
+    """What two recordings of one pass must agree on, for the plan of one to serve the other."""
+    calls = [(call.op, tuple(call.shape), *call.inputs) for call in tape.record.calls]
+    return [*calls, *((loss.name, tuple(loss.output.shape)) for loss in tape.record.losses)]
+
+
+def check_plan(computation: Computation) -> None:
+    """See that a plan holds for every batch of these shapes, and needs nothing but tensors.
+
+    Raises:
+        Unsuited: it does not.
+    """
+    plan = computation.plan
+    assert plan is not None
+    if plan.value_dependent:
+        raise Unsuited("which sample a row belongs to depends on values (experts, ragged rows)")
+    if computation.slow:
+        op = next(iter(computation.slow.values()))
+        raise Unsuited(f"a parameter takes the slow path, sample by sample (by {op})")
+    if computation.hooked:
+        raise Unsuited("hooks or a custom autograd.Function are part of the backward pass")
+    layouts = [*plan.term_layouts, *(layout for *_, layout in [*plan.uses, *plan.own])]
+    if any(layout is None or layout.kind == "gather" for layout in layouts):
+        raise Unsuited("samples have rows in no regular order")
+    if computation.output is not None:
+        raise Unsuited("the loss was written by hand: (loss, output)")
+
+
+@contextmanager
+def kept_randomness(device: torch.device) -> Iterator[None]:
+    """Leave the random state as it was."""
+    devices: Sequence[Any] = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        yield
+
+
+def loss_of(outputs: Sequence[Any]) -> Tensor:
+    """The loss among the outputs of a captured graph.
+
+    Raises:
+        Unsuited: it is not the first one.
+    """
+    loss = outputs[0] if outputs else None
+    if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
+        raise Unsuited("the function returns no loss with a graph")
+    return loss
