@@ -238,7 +238,7 @@ class Graph:
         update = self.update
         rows = update.numbers(mode, params, groups, proof.samples)
         numbers = [*put(rows, params[0].new_empty((), dtype=torch.float64))]
-        state = update.tensors(mode, params)
+        state = update.tensors(mode, params, groups)
         if not drawn:  # what has the same shapes will do
             signs = [sign.like.new_ones(sign.shape) for sign in proof.signs]
             return [[*args], state, numbers, signs, update.blanks(params)]

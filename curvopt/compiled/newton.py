@@ -23,8 +23,8 @@ TENSORS = ("momentum_buffer", "curvature", "inverse")
 class NewtonUpdate(Update):
     """Damped Newton steps; the numbers of all tensors that follow from values are one table."""
 
-    _table: Tensor | None = None
-    _views: Sequence[Tensor] = ()
+    _table: Tensor
+    _views: Sequence[Tensor | None] = ()
 
     def mode(self, params: Sequence[Tensor]) -> Hashable | None:
         """Whether the curvature is measured."""
@@ -55,28 +55,27 @@ class NewtonUpdate(Update):
             )
         return [*grads], values
 
-    def tensors(self, mode: Hashable, params: Sequence[Tensor]) -> list[Tensor]:
+    def tensors(self, mode: Hashable, params: Sequence[Tensor], groups: Groups) -> list[Tensor]:
         """Momentum, curvature, its inverse, and the table of `NUMBERS`."""
         states = [self.opt.state[p] for p in params]
         held = [state[key] for key in TENSORS for state in states]
         now = [state.get(NUMBERS[-1]) for state in states]
-        if (
-            self._table is None
-            or len(now) != len(self._views)
-            or any(one is not mine for one, mine in zip(now, self._views, strict=True))
-        ):
-            self._hold(states)
-        assert self._table is not None
+        known = len(now) == len(self._views)
+        if not known or any(a is not b for a, b in zip(now, self._views, strict=True)):
+            self._hold(states, groups)
         return [*held, self._table]
 
-    def _hold(self, states: list[dict[str, Any]]) -> None:
+    def _hold(self, states: list[dict[str, Any]], groups: Groups) -> None:
         """Have the numbers in one table, of which the states hold views."""
         device = states[0]["momentum_buffer"].device
-        table = numbers_of(states).to(device, torch.float64, copy=True)
-        rows = [row.unbind() for row in table.unbind()]
-        for index, state in enumerate(states):
-            state.update({name: row[index] for name, row in zip(NUMBERS, rows, strict=True)})
-        self._table, self._views = table, rows[-1]
+        self._table = numbers_of(states).to(device, torch.float64, copy=True)
+        rows = [row.unbind() for row in self._table.unbind()]
+        views: list[Tensor | None] = []
+        for index, (state, group) in enumerate(zip(states, groups, strict=True)):
+            if group["momentum"] and group["adaptation"]:
+                state.update({name: row[index] for name, row in zip(NUMBERS, rows, strict=True)})
+            views.append(state.get(NUMBERS[-1]))
+        self._views = views
 
     def numbers(
         self, mode: Hashable, params: Sequence[Tensor], groups: Groups, samples: int

@@ -86,7 +86,7 @@ class PrivateUpdate(Update):
         params = computation.tape.params
         return [sums.get(p) for p in params], {"norms": clip.norms, "penalties": penalties}
 
-    def tensors(self, mode: Hashable, params: Sequence[Tensor]) -> list[Tensor]:
+    def tensors(self, mode: Hashable, params: Sequence[Tensor], groups: Groups) -> list[Tensor]:
         """The moments, those of one name after the other."""
         return [self.opt.state[p][key] for key in self.keys for p in params]
 

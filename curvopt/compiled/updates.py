@@ -120,7 +120,7 @@ class Update(ABC):
         return computation.with_gradient(quantities)
 
     @abstractmethod
-    def tensors(self, mode: Hashable, params: Sequence[Tensor]) -> list[Tensor]:
+    def tensors(self, mode: Hashable, params: Sequence[Tensor], groups: Groups) -> list[Tensor]:
         """The state that a step reads and may write to: no two share memory."""
 
     @abstractmethod

@@ -50,7 +50,7 @@ class VarianceUpdate(Update):
             raise Unsuited("one sample has no variance")
         return super().measure(computation, quantities)
 
-    def tensors(self, mode: Hashable, params: Sequence[Tensor]) -> list[Tensor]:
+    def tensors(self, mode: Hashable, params: Sequence[Tensor], groups: Groups) -> list[Tensor]:
         """Momentum, S, and the averages of the noise in one."""
         opt = self.opt
         state = [opt.state[p][key] for key in ("momentum_buffer", "variance") for p in params]
