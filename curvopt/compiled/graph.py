@@ -45,7 +45,6 @@ class Proof(NamedTuple):
         signs: the random signs that it drew.
         samples: N.
         changed: numbers of the arguments that it changed in place.
-        reached: numbers of the parameters that take part.
     """
 
     plan: Any
@@ -53,7 +52,6 @@ class Proof(NamedTuple):
     signs: list[Sign]
     samples: int
     changed: frozenset[int]
-    reached: tuple[int, ...]
 
 
 class Program(NamedTuple):
@@ -93,18 +91,36 @@ class Graph:
         self.buffers = [k for k, name in enumerate(names) if "_buffers[" in name]
         self.programs: dict[Hashable, Program | Unsuited] = {}
         self.params: list[tuple[int, Tensor]] = []
+        self.moving: list[Tensor] = []
+        self.reached: tuple[int, ...] = ()
         self.begun = False
 
     def _begin(self, args: Sequence[Any]) -> None:
         """Learn which arguments are the optimizer's parameters."""
         own = {id(p) for group in self.update.opt.param_groups for p in group["params"]}
         self.params = [(k, a) for k, a in enumerate(args) if id(a) in own and a.requires_grad]
-        self.begun = True
         if any(not isinstance(a, Tensor) for a in args):
             raise Unsuited("the captured function takes numbers that change")
+        found = self._gradients([*map(self._copied, enumerate(args))])
+        self.reached = tuple(k for k, grad in enumerate(found) if grad is not None)
+        self.moving = [self.params[k][1] for k in self.reached]
+        self.begun = True
+
+    def _copied(self, given: tuple[int, Any]) -> Any:
+        """An argument, or a copy of one that a pass may change."""
+        k, value = given
+        if any(k == at for at, _ in self.params) or isinstance(value, nn.Parameter):
+            return value
+        return value.detach().clone().requires_grad_(value.requires_grad)
+
+    def _gradients(self, call: Sequence[Any]) -> Sequence[Tensor | None]:
+        """Gradients of a pass with values."""
+        with kept_randomness(call[0].device), torch.enable_grad():
+            loss = loss_of(self.captured(*call))
+            return torch.autograd.grad(loss, [p for _, p in self.params], allow_unused=True)
 
     def check(self, args: Sequence[Any]) -> list[Tensor]:
-        """The parameters, which must be those of the optimizer still.
+        """The parameters that take part, which must be those of the optimizer still.
 
         Raises:
             Unsuited: they are not.
@@ -115,8 +131,8 @@ class Graph:
             if args[k] is not p:
                 raise Unsuited("a parameter of the model was replaced by another tensor")
             if not p.requires_grad:
-                raise Unsuited("a parameter does not require a gradient any more")
-        return [p for _, p in self.params]
+                raise Unsuited
+        return self.moving
 
     # -- a pass with values -----------------------------------------------------------------------
 
@@ -124,7 +140,7 @@ class Graph:
         """Go through the pass as a step that is not compiled would, and change nothing."""
         update, opt = self.update, self.update.opt
         at = dict(self.params)
-        call = [a if k in at else _copied(a) for k, a in enumerate(args)]
+        call = [*map(self._copied, enumerate(args))]
         versions = [a._version for a in call]
         quantities, signs = update.quantities(mode), list[Sign]()
 
@@ -139,14 +155,8 @@ class Graph:
         held += [a for k, a in enumerate(call) if isinstance(a, nn.Parameter) and k not in at]
         share(tape, held)
         with kept_randomness(args[0].device), signs_from(drawn):
-            if not quantities:
-                with torch.enable_grad():
-                    loss = loss_of(self.captured(*call))
-                    grads: Sequence[Any] = torch.autograd.grad(
-                        loss, [p for _, p in self.params], allow_unused=True
-                    )
-                plan, samples, sketch = None, 0, list[Any]()
-            else:
+            grads: list[Tensor | None]
+            if quantities:
                 with torch.enable_grad(), tape:
                     outputs = self.captured(*call)
                 computation = self._computation(tape, loss_of(outputs))
@@ -157,13 +167,17 @@ class Graph:
                 plan, samples, sketch = computation.plan, computation.samples, outline(tape)
                 if not samples:
                     raise Unsuited("the batch is empty")
+            else:
+                grads = [*self._gradients(call)]
+                plan, samples, sketch = None, 0, list[Any]()
+        if tuple(k for k, grad in enumerate(grads) if grad is not None) != self.reached:
+            raise Unsuited("which parameters take part depends on values")
         changed = frozenset(k for k, a in enumerate(call) if a._version != versions[k])
         if changed & at.keys():
             raise Unsuited("the function changes a parameter in place")
         if changed and update.private:
             raise Unsuited("the function changes a buffer or its arguments in place")
-        reached = tuple(k for k, g in enumerate(grads) if g is not None)
-        return Proof(plan, sketch, signs, samples, changed, reached)
+        return Proof(plan, sketch, signs, samples, changed)
 
     def _computation(self, tape: Tape, loss: Tensor) -> Computation:
         opt = self.update.opt
@@ -181,6 +195,8 @@ class Graph:
                 self.programs[key] = self._build(args, mode)
             except Unsuited as unsuited:
                 self.programs[key] = unsuited
+            except CurvoptError as error:
+                self.programs[key] = Unsuited(str(error), asked=True)
             except Exception as error:  # whatever it is, an eager step does not need the graph
                 self.programs[key] = Unsuited(_said(error))
         found = self.programs[key]
@@ -190,7 +206,7 @@ class Graph:
 
     def _build(self, args: Sequence[Any], mode: Hashable) -> Program:
         proof = self._proven(args, mode)
-        params = self._moving(proof)
+        params = self.moving
         groups = self._groups(params)
         given = self._inputs(args, proof, mode, params, groups, drawn=False)
         counts = [len(part) for part in given]
@@ -212,10 +228,6 @@ class Graph:
             graph.recompile()
             run = self.compiler(graph, flat)
         return Program(run, proof, number)
-
-    def _moving(self, proof: Proof) -> list[Tensor]:
-        """The parameters that move."""
-        return [p for k, (_, p) in enumerate(self.params) if k in proof.reached]
 
     def _groups(self, params: Sequence[Tensor]) -> list[dict[str, Any]]:
         groups = self.update.opt.param_groups
@@ -287,7 +299,7 @@ class Graph:
                     loss, values = loss_of(outputs), {}
                     grads = [*torch.autograd.grad(loss, leaves, allow_unused=True)]
             found = {k: grad for k, grad in enumerate(grads) if grad is not None}
-            if tuple(found) != proof.reached:
+            if tuple(found) != self.reached:
                 raise Unsuited("a pass without values reaches other parameters")
             moving = [leaves[k] for k in found]
             with torch.no_grad():
@@ -334,15 +346,14 @@ class Graph:
             Unsuited: it has to be taken eagerly; nothing was changed.
         """
         update = self.update
-        params = self.check(args)
-        mode = update.mode(params)
+        moving = self.check(args)
+        mode = update.mode(moving)
         if mode is None:
-            raise Unsuited("")
+            raise Unsuited
         self.told(self, mode)
         program = self.program(args, mode)
         proof = program.proof
         update.begin(proof.samples)
-        moving = params if len(proof.reached) == len(params) else self._moving(proof)
         groups = self._groups(moving)
         inputs = [a for part in self._inputs(args, proof, mode, moving, groups) for a in part]
         try:
@@ -353,26 +364,22 @@ class Graph:
             update.interrupted()
             raise
         if failed:  # eagerly, it says why; or does what a graph cannot
-            raise Unsuited("")
+            raise Unsuited
         end = 1 + program.outputs
         for p, grad in zip(moving, result[end:], strict=False):
             p.grad = grad
+        if len(moving) < len(own := [*update.opt._parameters()]):
+            moved = set(map(id, moving))
+            for p in own:
+                p.grad = p.grad if id(p) in moved else None
         update.done(mode, moving, groups, proof.samples, result[end + len(moving) :])
         return result[1:end]
 
 
 def _said(error: Exception) -> str:
     """What an error says, in short."""
-    text = str(error).strip() or type(error).__name__
-    first = text.splitlines()[0]
-    return first if isinstance(error, CurvoptError) else f"{type(error).__name__}: {first}"
-
-
-def _copied(value: Any) -> Any:
-    """A copy of an argument that is no parameter: a pass may change it."""
-    if not isinstance(value, Tensor) or isinstance(value, nn.Parameter):
-        return value
-    return value.detach().clone().requires_grad_(value.requires_grad)
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0] if lines else 'no more is known'}"
 
 
 def _source(node: Any) -> str:

@@ -62,6 +62,7 @@ class PrivateUpdate(Update):
         for group in opt.param_groups:
             opt._validate(group)
         refuse_hooks(opt._parameters(), opt._name)
+        opt._begin_pass()  # what else has filled p.grad is not private
         self._sizes = check_sizes(
             samples, opt._sizes, opt.expected_batch_size, opt.sampler, opt.sample_rate
         )

@@ -113,10 +113,12 @@ class CompiledStep:
         try:
             result, took = self._compiled(batch)
         except Unsuited as unsuited:
-            if unsuited.lasting:
-                self._shapes[key] = False
+            self._shapes[key] = not unsuited.lasting
+            if not unsuited.asked:
                 self._say(str(unsuited))
-            return self._eagerly(batch)
+            result = self._eagerly(batch)
+            self._say(str(unsuited))  # unless the eager step has refused it as well
+            return result
         if self.compare:
             self._compare((key, self._mode), took)
         return result
@@ -147,7 +149,6 @@ class CompiledStep:
         opt: Any = self.opt
         if opt._watch is not None:  # the function is captured without hooks on its modules
             opt._watch.rest()
-        opt._begin_pass()
         begun = time.perf_counter()
         result = self._front(*batch)
         took = time.perf_counter() - begun
@@ -165,7 +166,7 @@ class CompiledStep:
 
     def _eager_times(self, key: Hashable) -> list[float] | None:
         """The times of eager steps like the coming one, if it is to be taken eagerly."""
-        params = [] if self._graph is None else [p for _, p in self._graph.params]
+        params = [] if self._graph is None else self._graph.moving
         try:
             place = key, self._update.mode(params) if self._update else None
         except Unsuited:

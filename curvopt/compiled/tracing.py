@@ -18,12 +18,16 @@ _NOWHERE = Ref(-1, 0, torch.Size(), (), torch.float32, False)
 
 
 class Unsuited(Exception):
-    """Why a step is taken eagerly: all those to come, or this one alone where nothing is said."""
+    """Why a step is taken eagerly.
 
-    @property
-    def lasting(self) -> bool:
-        """Whether later steps of such batches are taken eagerly too."""
-        return bool(str(self))
+    Args:
+        reason: what is said of it; empty where it is about this one step.
+        asked: whether later steps are to be tried again: an eager step refuses it, too.
+    """
+
+    def __init__(self, reason: str = "", *, asked: bool = False):
+        super().__init__(reason)
+        self.lasting, self.asked = bool(reason) and not asked, asked
 
 
 class Blind(Trace):
