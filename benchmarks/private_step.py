@@ -12,7 +12,7 @@ from typing import Any
 
 import harness
 import torch
-from problems import CLASSIFIERS, LANGUAGE_MODELS, Timed, cross_entropy
+from problems import CLASSIFIERS, LANGUAGE_MODELS, LARGE, Timed, cross_entropy
 from torch import Tensor, nn
 
 PLAIN, OURS, ROWS, GHOST = "SGD", "curvopt", "Opacus", "Opacus, ghost"
@@ -183,18 +183,21 @@ def report(result: dict[str, Any]) -> str:
 
 def main(argv: list[str] | None = None) -> None:
     """Measures the chosen problems and writes `private_step.json` and `private_step.md`."""
-    problems = CLASSIFIERS | LANGUAGE_MODELS
-    args = harness.arguments(__doc__, rounds=15, problems=problems).parse_args(argv)
+    usual = CLASSIFIERS | LANGUAGE_MODELS
+    problems = usual | LARGE
+    parser = harness.arguments(__doc__, rounds=15, problems=problems)
+    parser.add_argument("--name", default="private_step", help="of the files of the results")
+    args = parser.parse_args(argv)
     harness.pin(args.threads, args.seed)
     warnings.filterwarnings("ignore", message="Full backward hook is firing")
     rounds = 3 if args.quick else args.rounds
     result: dict[str, Any] = {"machine": harness.machine(args.seed), "rounds": rounds}
     result["problems"] = {
         name: measure(problems[name], rounds, torch.device(args.device))
-        for name in args.problem or problems
-        if name != "gpt2" or harness.find("transformers.GPT2Config")
+        for name in args.problem or usual
+        if not name.startswith("gpt2") or harness.find("transformers.GPT2Config")
     }
-    harness.save(args.out, "private_step", result, report(result))
+    harness.save(args.out, args.name, result, report(result))
 
 
 if __name__ == "__main__":

@@ -230,6 +230,26 @@ LANGUAGE_MODELS: dict[str, Timed] = named(
 )
 
 
+def gpt2_124m() -> nn.Module:
+    """GPT-2 in its own size, with random weights."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    return GPT2LMHeadModel(GPT2Config(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0))
+
+
+# For an accelerator, and by name alone.
+LARGE: dict[str, Timed] = named(
+    Timed(
+        "gpt2-124m",
+        gpt2_124m,
+        text(50257, 128),
+        8,
+        loss=lambda model, x, _: model(x, labels=x).loss,
+        title="GPT-2 of 124 million weights, T = 128",
+    ),
+)
+
+
 # --------------------------------------------------------------------- problems that are trained
 
 

@@ -20,8 +20,8 @@ REPOSITORY = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["ur
 
 # Guides in their order, as far as they are there: a new one is a file in docs/ and a word here.
 GUIDES = """
-    first_hour choosing coming_from from_backpack frameworks processes compiled privacy custom_ops
-    how_it_works
+    first_hour choosing coming_from from_backpack frameworks processes compiled_steps privacy
+    custom_ops how_it_works
 """.split()
 # Sections of the gallery: what no section names stands in the last one.
 SECTIONS = {

@@ -88,7 +88,9 @@ class Graph:
         self.captured, self.update, self.compiler, self.told = captured, update, compiler, told
         holders = [n for n in captured.graph.nodes if n.op == "placeholder"]
         names = [_source(node) for node in holders]
-        self.buffers = [k for k, name in enumerate(names) if "_buffers[" in name]
+        self._buffers: list[int] = [k for k, name in enumerate(names) if "_buffers[" in name]
+        self._data = {k for k, name in enumerate(names) if "_modules[" not in name}
+        self._held: list[int] = []
         self.programs: dict[Hashable, Program | Unsuited] = {}
         self.params: list[tuple[int, Tensor]] = []
         self.moving: list[Tensor] = []
@@ -101,6 +103,9 @@ class Graph:
         self.params = [(k, a) for k, a in enumerate(args) if id(a) in own and a.requires_grad]
         if any(not isinstance(a, Tensor) for a in args):
             raise Unsuited("the captured function takes numbers that change")
+        # A batch that its model keeps in a buffer is data all the same.
+        rest = {_storage(a) for k, a in enumerate(args) if k in self._data}
+        self._held = [k for k in self._buffers if _storage(args[k]) not in rest]
         found = self._gradients([*map(self._copied, enumerate(args))])
         self.reached = tuple(k for k, grad in enumerate(found) if grad is not None)
         self.moving = [self.params[k][1] for k in self.reached]
@@ -151,7 +156,7 @@ class Graph:
         names = {p: name for name, p in opt._named()}
         tape = Tape([(names[p], p) for _, p in self.params], batch_size=opt.batch_size)
         tape.views = getattr(opt, "views", 1), getattr(opt, "view_order", "sample")
-        held = [call[k] for k in self.buffers] if quantities else []
+        held = [call[k] for k in self._held] if quantities else []
         held += [a for k, a in enumerate(call) if isinstance(a, nn.Parameter) and k not in at]
         share(tape, held)
         with kept_randomness(args[0].device), signs_from(drawn):
@@ -284,7 +289,7 @@ class Graph:
                     [(names[p], leaf) for (_, p), leaf in zip(self.params, leaves, strict=True)],
                     proof.plan,
                 )
-                share(tape, [call[k] for k in self.buffers])
+                share(tape, [call[k] for k in self._held])
                 with torch.enable_grad(), tape:
                     outputs = self.captured(*call)
                 loss = loss_of(outputs)
@@ -380,6 +385,10 @@ def _said(error: Exception) -> str:
     """What an error says, in short."""
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0] if lines else 'no more is known'}"
+
+
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata
 
 
 def _source(node: Any) -> str:
