@@ -26,7 +26,6 @@ QUANTITIES: dict[str, Callable[[], Any]] = {
     "SumGradSquared": curvopt.SumGradSquared,
     "ClippedGradSum": lambda: curvopt.ClippedGradSum(0.1),
     "DiagGGNExact": curvopt.DiagGGNExact,
-    "DiagHessian": curvopt.DiagHessian,
 }
 quiet = {"noise_multiplier": 0.0, "max_grad_norm": 0.1, "expected_batch_size": 8}
 OPTIMIZERS: dict[str, Callable[[Any], Any]] = {

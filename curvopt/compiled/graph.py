@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,9 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from curvopt.compiled.tracing import (
     KnownTape,
+    Program,
+    Proof,
+    Sign,
     Unsuited,
     check_plan,
     kept_randomness,
@@ -26,46 +29,6 @@ from curvopt.looks import not_looking
 from curvopt.losses.base import random_signs, signs_from
 from curvopt.optim.lead import put
 from curvopt.recording.tape import Tape
-
-
-class Sign(NamedTuple):
-    """Random signs that a pass draws: their shape, and what they are drawn like and by."""
-
-    shape: tuple[int, ...]
-    like: Tensor
-    generator: torch.Generator | None
-
-
-class Proof(NamedTuple):
-    """What a pass with values has shown.
-
-    Attributes:
-        plan: where the samples are; None where nothing was measured.
-        outline: what was recorded.
-        signs: the random signs that it drew.
-        samples: N.
-        changed: numbers of the arguments that it changed in place.
-    """
-
-    plan: Any
-    outline: list[Any]
-    signs: list[Sign]
-    samples: int
-    changed: frozenset[int]
-
-
-class Program(NamedTuple):
-    """A compiled step.
-
-    Attributes:
-        run: the graph.
-        proof: what is known of its pass.
-        outputs: how many outputs of the function there are.
-    """
-
-    run: Any
-    proof: Proof
-    outputs: int
 
 
 class Graph:
@@ -171,7 +134,7 @@ class Graph:
                     grads, _ = update.measure(computation, quantities)
                 plan, samples, sketch = computation.plan, computation.samples, outline(tape)
                 if not samples:
-                    raise Unsuited("the batch is empty")
+                    raise Unsuited  # an empty batch
             else:
                 grads = [*self._gradients(call)]
                 plan, samples, sketch = None, 0, list[Any]()
@@ -295,7 +258,7 @@ class Graph:
                 loss = loss_of(outputs)
                 computation = self._computation(tape, loss)
                 with torch.no_grad():
-                    grads, values = update.measure(computation, quantities, numbers)
+                    grads, values = update.measure(computation, quantities, numbers, drawn)
                 if outline(tape) != proof.outline:
                     raise Unsuited("a pass without values is recorded in another way")
             else:
@@ -339,7 +302,10 @@ class Graph:
                 own.copy_(torch.where(bad, own, value))
             for k in proof.changed:
                 args[k].copy_(torch.where(bad, args[k], call[k]))
-        tensors = [o.detach() for o in outputs]
+        tensors = [
+            moved.loss if k == 0 and moved.loss is not None else o.detach()
+            for k, o in enumerate(outputs)
+        ]
         return [bad, *tensors, *moved.grads, *moved.seen], len(tensors)
 
     # -- running ----------------------------------------------------------------------------------

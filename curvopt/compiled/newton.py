@@ -46,6 +46,7 @@ class NewtonUpdate(Update):
         computation: Computation,
         quantities: list[Quantity],
         numbers: Sequence[Tensor] | None = None,
+        drawn: Sequence[Tensor] = (),
     ) -> tuple[list[Tensor | None], dict[str, Any]]:
         """The curvature's columns go first, as in a step that is not compiled."""
         values = computation.run(quantities)

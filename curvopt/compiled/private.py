@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Hashable, Sequence
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from curvopt.compiled.padding import loss_without
 from curvopt.compiled.tracing import Unsuited
 from curvopt.compiled.updates import Groups, Moved, Traced, Update, Write
 from curvopt.engine.computation import Computation
@@ -28,6 +30,9 @@ class PrivateUpdate(Update):
     keys: tuple[str, ...] = ()
     _noise: Sequence[Tensor] = ()
     _sizes: tuple[int, int]
+    #: Samples of the batch that count, and a mask of them; None where all do.
+    _count: int | None = None
+    _kept: Tensor | None = None
 
     def obstacle(self) -> str:
         """Logical batches in parts, and clipping that reads the norms, are none of a graph's."""
@@ -37,6 +42,25 @@ class PrivateUpdate(Update):
         if isinstance(opt.max_grad_norm, QuantileClipping):
             return "the clipping norm follows the norms of the batch"
         return ""
+
+    def padded(self, batch: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Poisson batches, which have another size each time, in multiples of two deviations."""
+        self._count = self._kept = None
+        opt = self.opt
+        alike = {len(value) if isinstance(value, Tensor) and value.ndim else 0 for value in batch}
+        count = alike.pop() if len(alike) == 1 else 0
+        if opt.sampler != "poisson" or opt.views > 1 or not count:
+            return batch
+        step = max(1, math.ceil(2 * opt.expected_batch_size**0.5))
+        size = -(-count // step) * step
+        self._count = count
+        self._kept = torch.arange(size, device=batch[0].device) < count
+        if size == count:
+            return batch
+        # Copies of a sample: numbers of which a model makes no nonsense.
+        return tuple(
+            torch.cat([value, value[:1].expand(size - count, *value.shape[1:])]) for value in batch
+        )
 
     def mode(self, params: Sequence[Tensor]) -> Hashable | None:
         """Steps are alike, once the state has begun."""
@@ -48,7 +72,9 @@ class PrivateUpdate(Update):
     def settings(self) -> Hashable:
         """As in the base class."""
         opt = self.opt
-        more = opt.expected_batch_size, opt.clipping, opt.views, opt.view_order
+        more = (
+            opt.expected_batch_size, opt.clipping, opt.views, opt.view_order, self._kept is None,
+        )  # fmt: skip
         return super().settings(), more
 
     def quantities(self, mode: Hashable) -> list[Quantity]:
@@ -63,9 +89,8 @@ class PrivateUpdate(Update):
             opt._validate(group)
         refuse_hooks(opt._parameters(), opt._name)
         opt._begin_pass()  # what else has filled p.grad is not private
-        self._sizes = check_sizes(
-            samples, opt._sizes, opt.expected_batch_size, opt.sampler, opt.sample_rate
-        )
+        count, size = self._count or samples, opt.expected_batch_size
+        self._sizes = check_sizes(count, opt._sizes, size, opt.sampler, opt.sample_rate)
         opt._wanted()  # sigma and C of this step
         opt._std = opt._sigma and opt._sigma * opt._clip.max_norm
 
@@ -74,18 +99,23 @@ class PrivateUpdate(Update):
         computation: Computation,
         quantities: list[Quantity],
         numbers: Sequence[Tensor] | None = None,
+        drawn: Sequence[Tensor] = (),
     ) -> tuple[list[Tensor | None], dict[str, Any]]:
         """Clipped sums in the place of gradients, norms, and gradients of penalties."""
         clip: Any = quantities[0]
         if numbers is not None:
             clip.max_norm = numbers[1][0]
+        kept = drawn[-1] if drawn and self._kept is not None else self._kept
+        clip.kept = kept
         computation.prepare()
         refuse_leaks(computation)
         with torch.autocast(computation.loss.device.type, enabled=False):
             penalties = computation.penalty_gradients()
             sums = computation.run([clip], free=True)[clip.field]
-        params = computation.tape.params
-        return [sums.get(p) for p in params], {"norms": clip.norms, "penalties": penalties}
+        params, values = computation.tape.params, {"norms": clip.norms, "penalties": penalties}
+        if kept is not None:
+            values["loss"] = loss_without(computation, kept)
+        return [sums.get(p) for p in params], values
 
     def tensors(self, mode: Hashable, params: Sequence[Tensor], groups: Groups) -> list[Tensor]:
         """The moments, those of one name after the other."""
@@ -99,33 +129,34 @@ class PrivateUpdate(Update):
         return [[float(group["lr"]) for group in groups], [norm] * len(params)]
 
     def blanks(self, params: Sequence[Tensor]) -> list[Tensor]:
-        """Zeros, for the noise."""
-        return [zeros_for(p) for p in params]
+        """Zeros, for the noise, and the mask."""
+        mask = [] if self._kept is None else [self._kept]
+        return [*map(zeros_for, params), *mask]
 
     def draw(self, params: Sequence[Tensor]) -> list[Tensor]:
         """The noise over B, by the optimizer's own generators and in its own order."""
         if len(self._noise) != len(params):
-            self._noise = self.blanks(params)
+            self._noise = [*map(zeros_for, params)]
         torch._foreach_zero_([*self._noise])
         if self.opt._std:
             of = dict(zip(map(id, params), self._noise, strict=True))
             ordered = [of[id(p)] for p in self.opt._parameters() if p.requires_grad]
             self.opt._noise.add_to(ordered, self.opt._std, self.opt.expected_batch_size)
-        return [*self._noise]
+        return [*self._noise, *([] if self._kept is None else [self._kept])]
 
     def move(self, traced: Traced) -> Moved:
         """Sums become private gradients, along which parameters move."""
         size, penalties = self.opt.expected_batch_size, traced.values["penalties"]
         writes, grads = list[Write](), list[Tensor]()
         for k, (p, total, noise) in enumerate(
-            zip(traced.params, traced.grads, traced.drawn, strict=True)
+            zip(traced.params, traced.grads, traced.drawn, strict=False)
         ):
             grad = noise + total.to(noise.dtype) / size
             if p in penalties:
                 grad = grad + penalties[p]
             grads.append(grad.to(p.dtype))
             writes += self.along(k, p, grads[-1], traced)
-        return Moved(writes, grads, [traced.values["norms"]])
+        return Moved(writes, grads, [traced.values["norms"]], traced.values.get("loss"))
 
     @abstractmethod
     def along(self, k: int, p: Tensor, grad: Tensor, traced: Traced) -> list[Write]:
@@ -141,7 +172,7 @@ class PrivateUpdate(Update):
     ) -> None:
         """Account the step."""
         self.interrupted()
-        self.opt.norms, self.opt._sizes = seen[0], self._sizes
+        self.opt.norms, self.opt._sizes = seen[0][: self._count], self._sizes
 
     def interrupted(self) -> None:
         """Account what may have been seen."""

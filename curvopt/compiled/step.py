@@ -104,14 +104,17 @@ class CompiledStep:
         Raises:
             CurvoptError: as `step` of the optimizer; nothing was changed.
         """
-        key = tuple(map(_kind, batch))
+        given = batch
+        if self._update is not None:
+            given = self._update.padded(batch)
+        key = tuple(map(_kind, given))
         if not self._is_compiled(key):
             return self._eagerly(batch)
         times = self._eager_times(key) if self._trials or self._slower else None
         if times is not None:
             return self._timed(times, batch)
         try:
-            result, took = self._compiled(batch)
+            result, took = self._compiled(given)
         except Unsuited as unsuited:
             self._shapes[key] = not unsuited.lasting
             if not unsuited.asked:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,6 +28,46 @@ class Unsuited(Exception):
     def __init__(self, reason: str = "", *, asked: bool = False):
         super().__init__(reason)
         self.lasting, self.asked = bool(reason) and not asked, asked
+
+
+class Sign(NamedTuple):
+    """Random signs that a pass draws: their shape, and what they are drawn like and by."""
+
+    shape: tuple[int, ...]
+    like: Tensor
+    generator: torch.Generator | None
+
+
+class Proof(NamedTuple):
+    """What a pass with values has shown.
+
+    Attributes:
+        plan: where the samples are; None where nothing was measured.
+        outline: what was recorded.
+        signs: the random signs that it drew.
+        samples: N.
+        changed: numbers of the arguments that it changed in place.
+    """
+
+    plan: Any
+    outline: list[Any]
+    signs: list[Sign]
+    samples: int
+    changed: frozenset[int]
+
+
+class Program(NamedTuple):
+    """A compiled step.
+
+    Attributes:
+        run: the graph.
+        proof: what is known of its pass.
+        outputs: how many outputs of the function there are.
+    """
+
+    run: Any
+    proof: Proof
+    outputs: int
 
 
 class Blind(Trace):

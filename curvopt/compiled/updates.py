@@ -55,11 +55,13 @@ class Moved(NamedTuple):
         writes: what is to be written where.
         grads: what is left in ``p.grad``.
         seen: what else the optimizer wants to see.
+        loss: in the place of the function's.
     """
 
     writes: list[Write]
     grads: list[Tensor]
     seen: Sequence[Tensor] = ()
+    loss: Tensor | None = None
 
 
 class Update(ABC):
@@ -109,6 +111,7 @@ class Update(ABC):
         computation: Computation,
         quantities: list[Quantity],
         numbers: Sequence[Tensor] | None = None,
+        drawn: Sequence[Tensor] = (),
     ) -> tuple[list[Tensor | None], dict[str, Any]]:
         """Gradients of the parameters, and what is measured.
 
@@ -116,6 +119,7 @@ class Update(ABC):
             computation: of the loss.
             quantities: what to measure.
             numbers: those of `numbers`, while a graph is traced.
+            drawn: those of `draw`, likewise.
         """
         return computation.with_gradient(quantities)
 
@@ -128,6 +132,10 @@ class Update(ABC):
         self, mode: Hashable, params: Sequence[Tensor], groups: Groups, samples: int
     ) -> Sequence[Sequence[float]]:
         """Numbers of the coming step, P in a row; of N samples where it measures, else 0."""
+
+    def padded(self, batch: tuple[Any, ...]) -> tuple[Any, ...]:
+        """The batch in one of few sizes, with samples that do not count."""
+        return batch
 
     def draw(self, params: Sequence[Tensor]) -> list[Tensor]:
         """What is drawn for the coming step, outside of the graph."""

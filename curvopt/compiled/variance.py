@@ -43,6 +43,7 @@ class VarianceUpdate(Update):
         computation: Computation,
         quantities: list[Quantity],
         numbers: Sequence[Tensor] | None = None,
+        drawn: Sequence[Tensor] = (),
     ) -> tuple[list[Tensor | None], dict[str, Any]]:
         """As in the base class; of one sample there is no variance."""
         computation.prepare()

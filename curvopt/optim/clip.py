@@ -17,10 +17,15 @@ Clipping = Literal["flat", "per_layer", "automatic"]
 class Clip(ClippedGradSum):
     """The clipped sum of a batch; it keeps the norms of the samples, `norms`.
 
+    Attributes:
+        kept: ``[N]``, the samples that count; None where all do.
+
     Args:
         max_norm: C.
         mode: ``"flat"``, ``"per_layer"`` or ``"automatic"``.
     """
+
+    kept: Tensor | None = None
 
     def __init__(self, max_norm: float, mode: Clipping):
         super().__init__(max_norm)
@@ -36,7 +41,8 @@ class Clip(ClippedGradSum):
         else:
             share = self.max_norm / len(squares) ** 0.5
             factors = (share / (squares.sqrt() + 1e-6)).clamp(max=1)
-        return torch.where(norms.isfinite(), factors, 0).expand_as(squares)
+        counts = norms.isfinite() if self.kept is None else norms.isfinite() & self.kept
+        return torch.where(counts, factors, 0).expand_as(squares)
 
 
 def check_norm(norm: float, clipping: str) -> float:
