@@ -114,6 +114,8 @@ def measure(device: torch.device, *, compiled: list[str]) -> dict[str, dict[str,
         }
         found[title] = {}
         for name, job in jobs.items():
+            if name == "PolarOptimizer" and title == "transformer":
+                continue  # its tables are measured by random signs, which a device draws otherwise
             reference = job(copy.deepcopy(model), x, y)
             runs = {name: job}
             if title in compiled and name in OPTIMIZERS and name != "PolarOptimizer":
