@@ -58,28 +58,30 @@ class Graph:
         self.params: list[tuple[int, Tensor]] = []
         self.moving: list[Tensor] = []
         self.reached: tuple[int, ...] = ()
-        self.begun = False
+        self.owned: list[int] = []
 
     def _begin(self, args: Sequence[Any]) -> None:
         """Learn which arguments are the optimizer's parameters."""
-        own = {id(p) for group in self.update.opt.param_groups for p in group["params"]}
-        self.params = [(k, a) for k, a in enumerate(args) if id(a) in own and a.requires_grad]
         if any(not isinstance(a, Tensor) for a in args):
             raise Unsuited("the captured function takes numbers that change")
+        own = set(self.owned)
+        trained = [(k, a) for k, a in enumerate(args) if a.requires_grad]
+        self.params = [(k, a) for k, a in trained if id(a) in own]
+        if len(self.params) < len(trained):
+            raise Unsuited("a tensor that is not the optimizer's gets a gradient as well")
         # A batch that its model keeps in a buffer is data all the same.
         rest = {_storage(a) for k, a in enumerate(args) if k in self._data}
         self._held = [k for k in self._buffers if _storage(args[k]) not in rest]
         found = self._gradients([*map(self._copied, enumerate(args))])
         self.reached = tuple(k for k, grad in enumerate(found) if grad is not None)
         self.moving = [self.params[k][1] for k in self.reached]
-        self.begun = True
 
     def _copied(self, given: tuple[int, Any]) -> Any:
         """An argument, or a copy of one that a pass may change."""
         k, value = given
         if any(k == at for at, _ in self.params) or isinstance(value, nn.Parameter):
             return value
-        return value.detach().clone().requires_grad_(value.requires_grad)
+        return value.detach().clone()
 
     def _gradients(self, call: Sequence[Any]) -> Sequence[Tensor | None]:
         """Gradients of a pass with values."""
@@ -93,7 +95,10 @@ class Graph:
         Raises:
             Unsuited: they are not.
         """
-        if not self.begun:
+        owned = [id(p) for p in self.update.opt._parameters()]
+        if owned != self.owned:  # also when a group was added
+            self.owned = owned
+            self.programs.clear()
             self._begin(args)
         for k, p in self.params:
             if args[k] is not p:
