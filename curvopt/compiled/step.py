@@ -18,6 +18,7 @@ from curvopt.compiled.private import PrivateAdam, PrivateSGD
 from curvopt.compiled.tracing import Unsuited
 from curvopt.compiled.updates import Update
 from curvopt.compiled.variance import VarianceUpdate
+from curvopt.optim.automatic import without_hooks
 from curvopt.optim.base import EngineOptimizer
 from curvopt.optim.diag_ggn import DiagGGNOptimizer
 from curvopt.optim.dp_adam import DPAdam
@@ -153,7 +154,8 @@ class CompiledStep:
         if opt._watch is not None:  # the function is captured without hooks on its modules
             opt._watch.rest()
         begun = time.perf_counter()
-        result = self._front(*batch)
+        with without_hooks():  # of other optimizers
+            result = self._front(*batch)
         took = time.perf_counter() - begun
         opt.steps += 1
         opt._opt_called = True  # schedulers ask

@@ -11,7 +11,8 @@ import sys
 import threading
 import warnings
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, Protocol
 
@@ -272,6 +273,19 @@ def _hook_modules() -> None:
 def _unhook_modules() -> None:
     while _HANDLES:
         _HANDLES.pop().remove()
+
+
+@contextmanager
+def without_hooks() -> Iterator[None]:
+    """Leave modules without hooks inside, whoever is armed: for code that is captured."""
+    hooked = bool(_HANDLES)
+    if hooked:
+        _unhook_modules()
+    try:
+        yield
+    finally:
+        if hooked:
+            _hook_modules()
 
 
 def _before(module: nn.Module, args: Any) -> None:
