@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
@@ -31,6 +32,10 @@ from curvopt.optim.lead import put
 from curvopt.recording.tape import Tape
 
 
+# In the names of what modules hold.
+_OF_MODULE = re.compile(r"\._(buffers|parameters)\[")
+
+
 class Graph:
     """One captured graph of the user's function, and the steps that were compiled of it.
 
@@ -52,7 +57,7 @@ class Graph:
         holders = [n for n in captured.graph.nodes if n.op == "placeholder"]
         names = [_source(node) for node in holders]
         self._buffers: list[int] = [k for k, name in enumerate(names) if "_buffers[" in name]
-        self._data = {k for k, name in enumerate(names) if "_modules[" not in name}
+        self._data = {k for k, name in enumerate(names) if not _OF_MODULE.search(name)}
         self._held: list[int] = []
         self.programs: dict[Hashable, Program | Unsuited] = {}
         self.params: list[tuple[int, Tensor]] = []

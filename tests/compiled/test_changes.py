@@ -228,7 +228,7 @@ def same(after, before):
     assert state.get("privacy", {}).get("ledger") == old.get("privacy", {}).get("ledger")
 
 
-@pytest.mark.parametrize("row", ["variance", "diag_ggn", "diag_ggn-exact"])
+@pytest.mark.parametrize("row", ["variance", "diag_ggn"])
 def test_a_loss_that_is_not_finite_changes_nothing(row):
     both = Both(network(), ROWS[row])
     both.run(batches(6))
@@ -380,7 +380,7 @@ def test_experts_are_stepped_eagerly():
     both.check()
 
 
-@pytest.mark.parametrize("row", ["variance", "diag_ggn-exact", "dp_sgd-momentum", "dp_adam"])
+@pytest.mark.parametrize("row", ["variance", "diag_ggn-exact", "dp_adam"])
 @pytest.mark.parametrize("before", [True, False])
 def test_checkpoints_go_on_either_way(row, before):
     """From compiled to eager, and back."""

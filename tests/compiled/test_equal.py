@@ -11,6 +11,7 @@ from curvopt.compiled.capture import inductor
 from .common import ROWS, Both, batches, cross_entropy, network
 
 every = pytest.mark.parametrize("row", ROWS)
+some = pytest.mark.parametrize("row", ["variance", "diag_ggn-exact", "dp_adam"])
 
 
 @every
@@ -20,7 +21,7 @@ def test_steps_are_equal(row):
     both.check(compiled=8)
 
 
-@every
+@some
 def test_parameter_groups(row):
     """Settings and learning rates of their own, and a schedule."""
 
@@ -37,7 +38,7 @@ def test_parameter_groups(row):
     both.check(compiled=6)
 
 
-@pytest.mark.parametrize("row", ["variance", "diag_ggn", "dp_sgd"])
+@pytest.mark.parametrize("row", ["variance", "diag_ggn"])
 def test_inductor(row):
     """In float32, as users have it."""
     both = Both(network(torch.float32, (6, 3)), ROWS[row], compiler=inductor)
@@ -75,16 +76,12 @@ def next_word(model, x, y):
     return F.cross_entropy(model(x)[:, :-1].flatten(0, 1), y[:, 1:].flatten())
 
 
-FEW = ["variance", "diag_ggn-exact", "dp_sgd-momentum", "dp_adam"]
-some = pytest.mark.parametrize("row", FEW)
-
-
 @some
 def test_transformer(row):
     torch.manual_seed(0)
     both = Both(Attention().double(), ROWS[row], next_word)
-    both.run(words(6))
-    both.check(rtol=1e-9, atol=1e-11, compiled=5)
+    both.run(words(4))
+    both.check(rtol=1e-9, atol=1e-11, compiled=3)
 
 
 class Images(nn.Module):
@@ -172,7 +169,7 @@ def test_tied_layers(row):
     both.check(rtol=1e-10, compiled=5)
 
 
-@pytest.mark.parametrize("row", ["variance", "diag_ggn", "dp_sgd"])
+@pytest.mark.parametrize("row", ["diag_ggn", "dp_sgd"])
 def test_recurrent_layers(row):
     """Dynamo leaves them out by default."""
     torch.manual_seed(0)
@@ -186,7 +183,7 @@ def test_recurrent_layers(row):
     both.check(rtol=1e-9, compiled=4)
 
 
-@pytest.mark.parametrize("row", ["diag_ggn-exact", "dp_sgd"])
+@pytest.mark.parametrize("row", ["variance"])
 def test_gpt2_as_it_comes(row):
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
@@ -255,15 +252,3 @@ def test_loss_and_output():
         assert not value.requires_grad
         assert not output.requires_grad
     both.check(compiled=3)
-
-
-def test_readme_example():
-    torch.manual_seed(0)
-    model = nn.Linear(4, 3)
-    opt = curvopt.VarianceAdaptiveSGD(model.parameters())
-    step = curvopt.compile(opt, lambda x, y: F.cross_entropy(model(x), y))
-    x, y = torch.randn(8, 4), torch.randint(3, (8,))
-    first = step(x, y)
-    for _ in range(3):
-        last = step(x, y)
-    assert last < first

@@ -209,3 +209,26 @@ def test_ordinary_steps_afterwards():
             opt.step()
     both.run(batches(2))
     both.check(compiled=4)
+
+
+def test_a_batch_in_a_buffer_is_data():
+    """What a buffer holds may be the batch: it is not the same for all samples."""
+
+    class Kept(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = network()
+            self.register_buffer("seen", torch.zeros(4, 6).double())
+
+        def forward(self, x):
+            return self.inner(x + 0.1 * self.seen)
+
+    def loss(model, x, y):
+        return F.cross_entropy(model(x), y)
+
+    both = Both(Kept(), ROWS["variance"], loss)
+    for x, y in batches(4):
+        for model in both.models:
+            model.seen = x
+        both.run([(x, y)])
+    both.check()
