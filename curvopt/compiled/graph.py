@@ -31,7 +31,6 @@ from curvopt.losses.base import random_signs, signs_from
 from curvopt.optim.lead import put
 from curvopt.recording.tape import Tape
 
-
 # In the names of what modules hold.
 _OF_MODULE = re.compile(r"\._(buffers|parameters)\[")
 
