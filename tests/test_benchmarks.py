@@ -404,3 +404,58 @@ def test_what_is_added_is_told_beside_adams():
     text = parallel.report({"machine": harness.machine(0), "rounds": 3, "optimizers": optimizers})
     row = "| 10.00 | 2.00 | 3.00 | +10 % " * 2 + "|"
     assert all(f"| {name} {row}" in text for name in parallel.OPTIMIZERS)
+
+
+# ------------------------------------------------------------------------- compiled steps, devices
+
+
+def test_compiled_steps(tmp_path, monkeypatch):
+    """Every row, and agreement; a graph is run op by op, for Inductor would take minutes."""
+    compiled = import_module("compiled")
+    from curvopt.compiled import CompiledStep
+
+    def step(opt, function, compare):
+        return CompiledStep(opt, function, compare=compare, compiler=lambda graph, inputs: graph)
+
+    monkeypatch.setattr(compiled.curvopt, "compile", step)
+    monkeypatch.setattr(compiled, "compiled_sgd", lambda *_: lambda: None)
+    monkeypatch.setattr(harness, "SLICE", 0.0)
+    compiled.main(["--quick", "--problem", "tiny", *THREADS, "--out", str(tmp_path)])
+    result = json.loads((tmp_path / "compiled.json").read_text())["problems"]["tiny"]
+    assert not result["eager"]
+    assert max(result["agreement"].values()) < compiled.AGREES
+    assert {f"{name}, compiled" for name in compiled.OPTIMIZERS} <= result["ratios"].keys()
+    text = (tmp_path / "compiled.md").read_text()
+    assert all(name in text for name in compiled.OPTIMIZERS)
+
+
+def test_on_device(monkeypatch):
+    """A CPU agrees with itself; an error is a result."""
+    on_device = import_module("on_device")
+    monkeypatch.setattr(on_device, "MODELS", {"MLP": on_device.MODELS["MLP"]})
+    values = on_device.measure(CPU, compiled=[])["MLP"]
+    assert values.keys() == on_device.QUANTITIES.keys() | on_device.OPTIMIZERS.keys()
+    assert max(values.values()) == 0
+
+    def broken(params):
+        raise RuntimeError("no kernel")
+
+    monkeypatch.setattr(on_device, "OPTIMIZERS", {})
+    monkeypatch.setattr(on_device, "QUANTITIES", {"Variance": on_device.curvopt.Variance})
+    seen = []
+    reference = on_device.of_quantity
+
+    def only_once(*given):
+        seen.append(given)
+        return reference(*given) if len(seen) == 1 else broken(given)
+
+    monkeypatch.setattr(on_device, "of_quantity", only_once)
+    assert on_device.measure(CPU, compiled=[])["MLP"] == {"Variance": "RuntimeError: no kernel"}
+
+
+def test_device_script_takes_eight_minutes_at_most():
+    script = (ROOT / "benchmarks" / "device.sh").read_text()
+    full = script.split("--device cuda --quick")[1]
+    parts = re.findall(r"^part (\d+) (\w+\.py)", full, re.MULTILINE)
+    assert sum(int(seconds) for seconds, _ in parts) <= 480
+    assert all((ROOT / "benchmarks" / name).exists() for _, name in parts)
