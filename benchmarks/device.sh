@@ -27,10 +27,10 @@ part() { # seconds, script, options
 rm -f "$out/failed.txt"
 if [ -n "$smoke" ]; then
     common=(--device cpu --threads 1 --rounds 1)
-    part 120 on_device.py "${common[@]}"
-    part 60 quantities.py "${common[@]}" --problem mlp --quantity variance
-    part 60 private_step.py "${common[@]}" --problem mlp
-    part 180 compiled.py "${common[@]}" --problem tiny --optimizer "VarianceAdaptiveSGD" --unchecked
+    part 300 on_device.py "${common[@]}"
+    part 180 quantities.py "${common[@]}" --problem mlp --quantity Variance
+    part 180 private_step.py "${common[@]}" --problem mlp
+    part 600 compiled.py "${common[@]}" --problem tiny --optimizer "VarianceAdaptiveSGD" --unchecked
     exit $failed
 fi
 common=(--device cuda --quick)
