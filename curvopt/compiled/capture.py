@@ -19,13 +19,18 @@ Compiler = Callable[[Any, list[Any]], Callable[..., Any]]
 
 def inductor(graph: Any, inputs: list[Any]) -> Callable[..., Any]:
     """Compile a graph of ops with Inductor."""
+    from torch._guards import TracingContext, tracing
     from torch._inductor import config
     from torch._inductor.compile_fx import compile_fx
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
     on_cpu = all(value.device.type == "cpu" for value in inputs)
     # Channels last costs more than it gains on small maps: a whole step is slower than eager.
     patches: dict[str, Any] = {"layout_optimization": False} if on_cpu else {}
-    with config.patch(patches):
+    # Without an environment of shapes nothing would be found in the disk's cache.
+    mode = FakeTensorMode(shape_env=ShapeEnv(), static_shapes=True)
+    with config.patch(patches), tracing(TracingContext(mode)):
         compiled: Any = compile_fx(graph, inputs)
     made: Callable[..., Any] = compiled
     return made

@@ -17,11 +17,13 @@ from curvopt.compiled.tracing import (
     Proof,
     Sign,
     Unsuited,
+    check_compiled,
     check_plan,
     kept_randomness,
     loss_of,
     outline,
     share,
+    without_onednn,
 )
 from curvopt.compiled.updates import Moved, Traced, Update
 from curvopt.engine.computation import Computation
@@ -199,11 +201,14 @@ class Graph:
             return result
 
         flat = [a.detach() for part in given for a in part]
-        with torch.no_grad(), kept_randomness(args[0].device):
+        # One op for a whole recurrent layer is none that Inductor can compile with its gradient.
+        with torch.no_grad(), kept_randomness(args[0].device), without_onednn():
             graph = make_fx(step, tracing_mode="fake", _allow_non_fake_inputs=True)(*flat)
+        with torch.no_grad(), kept_randomness(args[0].device):
             graph.graph.eliminate_dead_code()
             graph.recompile()
             run = self.compiler(graph, flat)
+            check_compiled(graph, run, flat)
         return Program(run, proof, number)
 
     def _groups(self, params: Sequence[Tensor]) -> list[dict[str, Any]]:

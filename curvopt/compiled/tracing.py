@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
@@ -139,6 +139,43 @@ def check_plan(computation: Computation) -> None:
         raise Unsuited("samples have rows in no regular order")
     if computation.output is not None:
         raise Unsuited("the loss was written by hand: (loss, output)")
+
+
+@contextmanager
+def without_onednn() -> Iterator[None]:
+    """Have recurrent layers as the ops that they are made of."""
+    before = torch._C._get_mkldnn_enabled()
+    torch._C._set_mkldnn_enabled(False)
+    try:
+        yield
+    finally:
+        torch._C._set_mkldnn_enabled(before)
+
+
+# A compiled step may differ from what was traced by this part of what it writes, in its norm.
+APART = 1e-3
+
+
+def check_compiled(graph: Any, run: Callable[..., Any], inputs: Sequence[Tensor]) -> None:
+    """Run a compiled graph on copies, and see that it does what the graph says.
+
+    Raises:
+        Unsuited: it does not.
+    """
+    if run is graph:
+        return
+    mine, others = ([value.clone() for value in inputs] for _ in range(2))
+    results = run(*mine)
+    tags = (getattr(node.target, "tags", ()) for node in graph.graph.nodes)
+    if any(torch.Tag.nondeterministic_seeded in held for held in tags):
+        return  # it may draw in another order
+    wanted = graph(*others)
+    for a, b in zip([*mine, *results], [*others, *wanted], strict=True):
+        if not b.is_floating_point():
+            continue
+        apart, size = (a - b).double().norm(), b.double().norm()
+        if apart > APART * size and size.isfinite():
+            raise Unsuited("the compiled graph computes other numbers than the graph it is of")
 
 
 @contextmanager
