@@ -30,7 +30,7 @@ from curvopt.losses.generic import Closure
 from curvopt.quantities.base import Context, Cotangent, Pass, Quantity
 from curvopt.quantities.first_order import Gradient
 from curvopt.recording.hooks import random_kept
-from curvopt.recording.uses import Call, Use
+from curvopt.recording.uses import Call
 from curvopt.structures import Dense, Structure, total
 
 
@@ -127,25 +127,6 @@ class Computation(Reduction):
             }
             del sent
             values.update(self._of_gradient(quantities, structures, totals))
-
-    def _tells(self, grad: Tensor, sent: dict[Use, Tensor]) -> bool:
-        """Whether a gradient is the sum of the samples' parts, to the last digits."""
-        # A coarser type on the way would show in a difference of large numbers.
-        return _exact(grad) and all(c.dtype == self.loss.dtype for c in sent.values())
-
-    def _of_gradient(
-        self,
-        quantities: Sequence[Quantity],
-        structures: dict[Tensor, Structure],
-        totals: dict[Tensor, Tensor],
-    ) -> dict[str, Any]:
-        """Quantities of the samples' parts of the gradient, as `Values`."""
-        context = Context(self.samples, 1.0, 1.0, True, self.tape.name, totals)
-        found = {}
-        for quantity in quantities:
-            result = quantity.finish(quantity.reduce_all(structures, context))
-            found[quantity.field] = Values(quantity.field, result, self.tape.names)
-        return found
 
     def with_gradient(
         self, quantities: Sequence[Quantity]
@@ -424,10 +405,6 @@ class Computation(Reduction):
                 return {quantity: quantity.finish(part) for quantity, part in results.items()}
             del structures  # freed before the next columns go
             cotangents = following
-
-
-def _exact(grad: Tensor) -> bool:
-    return grad.layout is torch.strided and grad.dtype in (torch.float32, torch.float64)
 
 
 def _unknown(term: Loss) -> bool:

@@ -13,8 +13,10 @@ from curvopt.engine import audit
 from curvopt.engine.backward import BATCH_BELOW, pull_back
 from curvopt.engine.cotangents import Cotangents
 from curvopt.engine.hooks import after_hooks
+from curvopt.engine.result import Values
 from curvopt.engine.slow import rows_by_sample, warn
 from curvopt.errors import CurvoptError
+from curvopt.quantities.base import Context, Quantity
 from curvopt.recording.hooks import random_kept
 from curvopt.recording.uses import Use
 from curvopt.structures import Dense, Pulled, Structure, total
@@ -153,6 +155,25 @@ class Reduction(Cotangents):
             for value in use.values.values()
         )
 
+    def _tells(self, grad: Tensor, sent: dict[Use, Tensor]) -> bool:
+        """Whether a gradient is the sum of the samples' parts, to the last digits."""
+        # A coarser type on the way would show in a difference of large numbers.
+        return _exact(grad) and all(c.dtype == self.loss.dtype for c in sent.values())
+
+    def _of_gradient(
+        self,
+        quantities: Sequence[Quantity],
+        structures: dict[Tensor, Structure],
+        totals: dict[Tensor, Tensor],
+    ) -> dict[str, Any]:
+        """Quantities of the samples' parts of the gradient, as `Values`."""
+        context = Context(self.samples, 1.0, 1.0, True, self.tape.name, totals)
+        found = {}
+        for quantity in quantities:
+            result = quantity.finish(quantity.reduce_all(structures, context))
+            found[quantity.field] = Values(quantity.field, result, self.tape.names)
+        return found
+
     # -- the audit --------------------------------------------------------------------------------
 
     @property
@@ -234,3 +255,7 @@ class Reduction(Cotangents):
         if sums or asker != "watch" or counts[asker] % audit.EVERY:
             counts[asker] += 1
         known[asker] += bool(sums)
+
+
+def _exact(grad: Tensor) -> bool:
+    return grad.layout is torch.strided and grad.dtype in (torch.float32, torch.float64)
