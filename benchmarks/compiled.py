@@ -237,7 +237,10 @@ def report(result: dict[str, Any]) -> str:
     compiling = [
         [name, *(f"{p['compiling'][name]:.0f}" for p in problems)] for name in result["optimizers"]
     ]
-    apart = [[name, *(f"{p['agreement'].get(name, 0):.0e}" for p in problems)] for name in EXACT]
+    apart = [
+        [name, *(f"{p['agreement'][name]:.0e}" if name in p["agreement"] else "" for p in problems)]
+        for name in EXACT
+    ]
     titles = [p["title"] for p in problems]
     notes = [f"{k} on {p['title']}: {why}" for p in problems for k, why in p["eager"].items()]
     return "\n\n".join(
