@@ -121,6 +121,7 @@ class Update(ABC):
             numbers: those of `numbers`, while a graph is traced.
             drawn: those of `draw`, likewise.
         """
+        computation.prepare()
         return computation.with_gradient(quantities)
 
     @abstractmethod

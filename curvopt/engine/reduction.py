@@ -174,6 +174,32 @@ class Reduction(Cotangents):
             found[quantity.field] = Values(quantity.field, result, self.tape.names)
         return found
 
+    def with_gradient(
+        self, quantities: Sequence[Quantity]
+    ) -> tuple[list[Tensor | None], dict[str, Any]]:
+        """Gradients of the parameters, and quantities of the samples' parts, in one backward pass.
+
+        What `watching` does around torch's own, for passes in which all paths are uses, once
+        they are prepared.
+        """
+        params, ends = self.tape.params, len(self.uses)
+        wanted: list[Any] = [*(use.edge for use in self.uses), *params]
+        found = torch.autograd.grad(self.loss, wanted, allow_unused=True, retain_graph=True)
+        with torch.no_grad():
+            pairs = zip(self.uses, found[:ends], strict=True)
+            sent = {use: c.unsqueeze(0) for use, c in pairs if c is not None}
+            parts = self._structures([*sent], [*sent.values()])
+            structures = {p: total(parts[p]) for p in params if p in parts}
+            grads = dict(zip(params, found[ends:], strict=True))
+            totals = {
+                p: g
+                for p, g in grads.items()
+                if not self._plan.loose and p in structures and g is not None
+                if self._tells(g, sent)
+            }
+            values = self._of_gradient(quantities, structures, totals)
+        return [*grads.values()], values
+
     # -- the audit --------------------------------------------------------------------------------
 
     @property

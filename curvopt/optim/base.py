@@ -257,11 +257,12 @@ class EngineOptimizer(Gradients):
                 "gradient, and go backward once over one forward pass"
             )
 
-        conditions = Conditions()
+        noted: list[Conditions] = []
 
         def on(retain: bool = False) -> None:
             self._keep_gradients()
-            conditions.send()
+            for conditions in noted:
+                conditions.send()
             tape.went = 1
             with unspent(), tape.trace.paused(), torch.enable_grad(), self._seeing():
                 loss.backward(retain_graph=retain_graph or retain)
@@ -284,6 +285,7 @@ class EngineOptimizer(Gradients):
             )
 
         with torch.no_grad(), tape.trace.paused(), self._without_looks() as conditions:
+            noted.append(conditions)
             computation = self._measure(tape, make, wanted, on)
         conditions.check()
         self._note(recorded=True)
