@@ -8,6 +8,7 @@ from collections.abc import Callable, Hashable
 from itertools import chain
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
@@ -24,6 +25,7 @@ from curvopt.optim.diag_ggn import DiagGGNOptimizer
 from curvopt.optim.dp_adam import DPAdam
 from curvopt.optim.dp_sgd import DPSGD
 from curvopt.optim.variance_adaptive import VarianceAdaptiveSGD
+from curvopt.recording.parked import settle
 
 UPDATES: dict[type, type[Update]] = {
     VarianceAdaptiveSGD: VarianceUpdate,
@@ -74,6 +76,7 @@ class CompiledStep:
         self._settled: set[Hashable] = set()
         self._graph: Graph | None = None
         self._mode: Hashable = None
+        self._taken = False
         kind = UPDATES.get(type(opt))
         self._update = kind(opt) if kind is not None else None
         if self._update is None:
@@ -89,7 +92,7 @@ class CompiledStep:
 
     def _note(self, graph: Graph, mode: Hashable) -> None:
         """A graph is about to take a step."""
-        self._graph, self._mode = graph, mode
+        self._graph, self._mode, self._taken = graph, mode, True
 
     # -- a step -----------------------------------------------------------------------------------
 
@@ -153,9 +156,16 @@ class CompiledStep:
         opt: Any = self.opt
         if opt._watch is not None:  # the function is captured without hooks on its modules
             opt._watch.rest()
-        begun = time.perf_counter()
+        settle()
+        if torch._C._len_torch_function_stack() or torch._C._len_torch_dispatch_stack():
+            raise Unsuited(
+                "a mode of torch's is active, or another optimizer records a pass", asked=True
+            )
+        begun, self._taken = time.perf_counter(), False
         with without_hooks():  # of other optimizers
             result = self._front(*batch)
+        if not self._taken:
+            raise Unsuited("Dynamo is disabled, or ran the function as it was written", asked=True)
         took = time.perf_counter() - begun
         opt.steps += 1
         opt._opt_called = True  # schedulers ask

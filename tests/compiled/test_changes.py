@@ -473,3 +473,30 @@ def test_arguments_are_checked():
         curvopt.compile(torch.optim.SGD(model.parameters(), 0.1), cross_entropy)
     with pytest.raises(ValueError, match="Invalid max_graphs: 0"):
         curvopt.compile(ROWS["variance"](model.parameters()), cross_entropy, max_graphs=0)
+
+
+def test_another_optimizer_records_a_pass(both):
+    """Between its forward and its backward pass nothing can be captured."""
+    other = network()
+    opt = curvopt.DiagGGNOptimizer(other.parameters())
+    ((x, y),) = batches(1)
+    loss = F.cross_entropy(other(x), y)
+    with pytest.warns(UserWarning, match="another optimizer records"):
+        both.run(batches(1))
+    both.check(compiled=2)
+    loss.backward()
+    opt.step()
+    both.run(batches(1))
+    both.check(compiled=3)
+
+
+def test_dynamo_is_switched_off(both):
+    """It then runs the function as it was written, which is no step."""
+    with (
+        torch.compiler.set_stance("force_eager"),
+        pytest.warns(UserWarning, match="as it was written"),
+    ):
+        both.run(batches(2))
+    both.check(compiled=2)
+    both.run(batches(1))
+    both.check(compiled=3)
