@@ -13,6 +13,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from tests.armed import rest_all
+
 pytest.importorskip("matplotlib")
 pytest.importorskip("tqdm")
 
@@ -413,6 +415,8 @@ def test_compiled_steps(tmp_path, monkeypatch):
     """Every row, and agreement; a graph is run op by op, for Inductor would take minutes."""
     compiled = import_module("compiled")
     from curvopt.compiled import CompiledStep
+
+    rest_all()
 
     def step(opt, function, compare):
         return CompiledStep(opt, function, compare=compare, compiler=lambda graph, inputs: graph)

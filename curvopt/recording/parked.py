@@ -47,6 +47,7 @@ _LEFT: weakref.WeakSet[WaitingTape] = weakref.WeakSet()
 
 def settle() -> bool:
     """Leave the modes of recordings that are over; whether none is left."""
+    UNCOMPILED.settle()
     for tape in list(_LEFT):
         tape.settle()
     return not _LEFT

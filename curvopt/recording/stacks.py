@@ -55,6 +55,7 @@ class Uncompiled:
 
     def __init__(self) -> None:
         self.count, self._stance = 0, cast(Any, None)
+        self._left: list[Any] = []
 
     def begin(self) -> None:
         """One more."""
@@ -65,13 +66,19 @@ class Uncompiled:
     def end(self) -> None:
         """One less."""
         self.count -= 1
-        stance, eval_frame = self._stance, sys.modules.get("torch._dynamo.eval_frame")
-        if self.count or stance is None or eval_frame is None:
-            return
-        self._stance = None
-        if eval_frame._stance is stance.stance:  # else somebody has set another meanwhile
-            with suppress(RuntimeError):  # in the middle of compiled code
-                stance.__exit__(None, None, None)
+        if not self.count and self._stance is not None:
+            self._left.append(self._stance)
+            self._stance = None
+        self.settle()
+
+    def settle(self) -> None:
+        """Leave what is over: not where somebody has set another stance on top of it."""
+        eval_frame: Any = sys.modules.get("torch._dynamo.eval_frame")
+        for stance in self._left[::-1]:
+            if eval_frame._stance is stance.stance:
+                with suppress(RuntimeError):  # in the middle of compiled code
+                    stance.__exit__(None, None, None)
+                    self._left.remove(stance)
 
 
 UNCOMPILED = Uncompiled()

@@ -5,9 +5,12 @@ import gc
 import pytest
 import torch
 
+from tests.armed import rest_all
+
 
 @pytest.fixture(autouse=True)
 def forgotten():
+    rest_all()
     yield
     torch._dynamo.reset()
     gc.collect()

@@ -27,7 +27,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, TensorDataset
 
 import curvopt
-from curvopt.optim import automatic
+from tests.armed import rest_all
 
 N, D, C = 6, 4, 3
 OPTIMIZERS = {
@@ -73,9 +73,7 @@ def assert_same(net, expected):
 @pytest.fixture(autouse=True)
 def clean():
     """Nothing of a loop is left when it is over and its optimizer gone."""
-    for armed in [ref() for ref in automatic._ARMED]:  # of other tests: something may hold them
-        if armed is not None:
-            armed.rest()
+    rest_all()
     nn.Linear(1, 1)(torch.zeros(1, 1))  # hooks of optimizers that are gone go at the next module
     hooks = module_hooks()
     yield
@@ -1289,3 +1287,22 @@ def test_a_last_batch_of_one(make, pick):
             opt.step()
         nets.append(net)
     assert_same(nets[0], params_of(nets[1]))
+
+
+def test_a_recording_that_ends_inside_of_another():
+    """Compiled code is compiled again when both are over, whichever ends first."""
+    from torch._dynamo import eval_frame
+
+    first, second = network(), network(1)
+    one = curvopt.DiagGGNOptimizer(first.parameters())
+    two = curvopt.DiagGGNOptimizer(second.parameters())
+    x, y = batch()
+    loss = ce(first(x), y)  # no backward pass follows
+    with two.record():
+        one._watch.rest()
+        ce(second(x), y).backward()
+    two.step()
+    second(x)
+    two._watch.rest()
+    assert eval_frame._stance.stance == "default"
+    del loss
