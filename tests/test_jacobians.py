@@ -239,7 +239,7 @@ def test_takes_samples_that_meet_and_part(kind, f, plain):
 def test_verdicts_are_of_the_values_that_chose():
     """The same code with other indices is another function."""
     x, places = torch.randn(3, 2).double(), torch.arange(3)
-    f = lambda x: x[places].sin()  # noqa: E731
+    f = lambda x: x[places].sin()  # noqa: E731 (one line says it)
     curvopt.batch_jacobian(f, x)
     places.copy_(torch.tensor([1, 0, 2]))
     with pytest.raises(curvopt.CurvoptError, match="mix samples"):
@@ -323,7 +323,7 @@ def test_time_first():
     with pytest.raises(curvopt.CurvoptError, match="taken for 5 samples.*on the first one"):
         curvopt.param_jacobian(lambda: net(x)[0], net.parameters())
     J = curvopt.param_jacobian(lambda: net(x)[0].transpose(0, 1), net.parameters())
-    first = lambda x: net(x)[0].transpose(0, 1)  # noqa: E731
+    first = lambda x: net(x)[0].transpose(0, 1)  # noqa: E731 (one line says it)
     assert_close(J, oracles.param_jacobian(first, x, [*net.parameters()]))
 
 

@@ -188,7 +188,10 @@ class Watch:
         modes = _get_current_function_mode_stack()
         if any(getattr(mode, "owner", None) is optimizer for mode in modes):
             return False  # a closure or a block records; asked at every module, so first
-        if any(g["params"] is not p for g, p in zip(optimizer.param_groups, self.lists)):  # noqa: B905
+        groups = optimizer.param_groups
+        if len(groups) != len(self.lists) or any(
+            group["params"] is not params for group, params in zip(groups, self.lists, strict=True)
+        ):
             self.arm()
         if id(module) in self.within:
             return False

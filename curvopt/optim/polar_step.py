@@ -163,7 +163,7 @@ class Matrix:
         if self.left is None or self.right is None:
             self.u = local(cut(cast(Tensor, self.u), self.p))
         elif is_sharded(self.p):
-            placements: Any = self.p.placements  # type: ignore[attr-defined]
+            placements: Any = self.p.placements  # type: ignore[attr-defined]  # a DTensor
             if all(placement.is_replicate() or placement.is_shard(0) for placement in placements):
                 self.left = local(cut(self.left, self.p))
             else:

@@ -145,7 +145,7 @@ class Shards:
     def mesh(self) -> Any:
         """The mesh of the shards."""
         # Equal ones are one: slicing a mesh makes a new object each time.
-        meshes = {p.device_mesh: None for p in self.whole}  # type: ignore[attr-defined]
+        meshes = {p.device_mesh: None for p in self.whole}  # type: ignore[attr-defined]  # DTensors
         if len(meshes) > 1:
             raise CurvoptError(
                 "the parameters are sharded over several meshes, so the processes of a step are "

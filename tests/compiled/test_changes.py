@@ -298,7 +298,7 @@ def test_too_many_shapes():
 @pytest.mark.parametrize("make", [curvopt.PolarOptimizer, type("Own", (curvopt.DPAdam,), {})])
 def test_optimizers_that_have_no_graph(make):
     options = {} if make is curvopt.PolarOptimizer else {**private, "noise_multiplier": 0.0}
-    both_of = lambda: Both(network(), lambda p: make(p, **options))  # noqa: E731
+    both_of = lambda: Both(network(), lambda p: make(p, **options))  # noqa: E731 (one line says it)
     with pytest.warns(UserWarning, match=f"{make.__name__} has no step for a graph"):
         both = both_of()
     both.run(batches(3))

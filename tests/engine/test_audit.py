@@ -191,7 +191,7 @@ def test_a_gradient_that_is_all_rounding_is_no_alarm():
             nn.init.constant_(p, 0.1 * (n + k))
         opt = private(model.parameters())
         for n in range(1, 9):  # a parameter each
-            opt.step(lambda n=n: F.cross_entropy(model(x[:n] + k), y[:n]))  # noqa: B023
+            opt.step(lambda n=n: F.cross_entropy(model(x[:n] + k), y[:n]))  # noqa: B023 (runs at once)
 
 
 def test_terms_that_cancel_bound_the_difference():
