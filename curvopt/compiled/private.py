@@ -186,7 +186,7 @@ class PrivateSGD(PrivateUpdate):
     """`DPSGD`."""
 
     @property
-    def keys(self) -> tuple[str, ...]:  # type: ignore[override]
+    def keys(self) -> tuple[str, ...]:  # type: ignore[override]  # settings decide
         """The momentum, if there is any."""
         return ("momentum_buffer",) if self.opt.param_groups[0]["momentum"] else ()
 
