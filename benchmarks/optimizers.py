@@ -29,7 +29,7 @@ from typing import Any
 
 import harness
 import torch
-from problems import TRAINING, Data, Split, Training, loss_of, named
+from problems import TRAINING, Data, Split, Training, loss_function, loss_of, named
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -343,9 +343,10 @@ def evaluate(model: nn.Module, data: Split) -> tuple[float, float]:
     """Mean loss and accuracy; the accuracy is 0 where targets are no classes."""
     loss = correct = 0.0
     for x, y in zip(data.x.split(1000), data.y.split(1000), strict=True):
-        loss += float(loss_of(model, x, y)) * len(x)
+        output = model(x)
+        loss += float(loss_function(model)(output, y)) * len(x)
         if not y.is_floating_point():
-            correct += int((model(x).argmax(1) == y.flatten()).sum())
+            correct += int((output.argmax(1) == y.flatten()).sum())
     return loss / len(data.x), correct / data.y.numel()
 
 

@@ -152,9 +152,14 @@ def resnet() -> nn.Sequential:
     )
 
 
+def loss_function(model: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
+    """The model's own loss, or cross entropy."""
+    return getattr(model, "loss", F.cross_entropy)
+
+
 def loss_of(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-    """The loss of a batch: the model's own, or cross entropy."""
-    return getattr(model, "loss", F.cross_entropy)(model(x), y)
+    """The loss of a batch."""
+    return loss_function(model)(model(x), y)
 
 
 def gpt2() -> nn.Module:
@@ -344,16 +349,16 @@ class Training:
 TRAINING: dict[str, Training] = named(
     Training("digits", lambda: mlp(64, 64, 32, 10), digits, 360, 360, title="MLP, digits"),
     Training("logistic", lambda: mlp(784, 10), mnist, 420, 420, title="logistic regression, MNIST"),
-    Training("mlp", lambda: mlp(784, 1000, 500, 100, 10), mnist, 860, 160, title="MLP, MNIST"),
-    Training("2c2d", lambda: net_2c2d(1024), mnist, 320, 0, title="2C2D, MNIST"),
-    Training("resnet", resnet, mnist, 320, 0, title="ResNet, MNIST"),
+    Training("mlp", lambda: mlp(784, 1000, 500, 100, 10), mnist, 430, 160, title="MLP, MNIST"),
+    Training("2c2d", lambda: net_2c2d(1024), mnist, 160, 0, title="2C2D, MNIST"),
+    Training("resnet", resnet, mnist, 240, 0, title="ResNet, MNIST"),
     Training(
-        *("autoencoder", Autoencoder, images_themselves, 480, 160),
+        *("autoencoder", Autoencoder, images_themselves, 200, 160),
         title="autoencoder, MNIST",
         by_loss=True,
     ),
     Training(
-        *("transformer", CharTransformer, library, 480, 160, 32),
+        *("transformer", CharTransformer, library, 320, 160, 32),
         title="transformer, characters",
         by_loss=True,
     ),

@@ -32,7 +32,7 @@ LOSS_SLACK = 1.1
 ACCURACY = "validation_accuracy"
 TAU = 4.0
 DROP = 20.0  # points of accuracy that the picture of the sensitivity shows
-UNIT = "SGD"  # of the cost of a step
+UNIT = "SGD, momentum"  # of the cost of a step
 
 # Ours in strong colours, families alike: SGD in greys, Adam in greens, BackPACK in purples.
 COLOURS = {
@@ -118,7 +118,7 @@ class Runs:
         return max(Counter(r["method"] for r in trials).values(), default=0)
 
     def cost(self, problem: str, method: str) -> float:
-        """Seconds per step as a ratio to SGD's in the same turn, median over seeds and tracks."""
+        """Seconds per step as a ratio to UNIT's in the same turn, median over seeds and tracks."""
         ratios = []
         for run in self.select(problem=problem, method=method):
             same = {"problem": problem, "track": run["track"], "seed": run["seed"]}
