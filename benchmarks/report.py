@@ -32,6 +32,7 @@ LOSS_SLACK = 1.1
 ACCURACY = "validation_accuracy"
 TAU = 4.0
 DROP = 20.0  # points of accuracy that the picture of the sensitivity shows
+WIDE = 4  # panels side by side
 UNIT = "SGD, momentum"  # of the cost of a step
 
 # Ours in strong colours, families alike: SGD in greys, Adam in greens, BackPACK in purples.
@@ -215,7 +216,7 @@ def page(runs: Runs) -> str:
         "time": "Seconds to the target",
         "steps": "Steps to the target",
         "accuracy": "Test accuracy at the end, %" + ", or test loss" * losses,
-        "cost": "Time of a step, in SGD steps",
+        "cost": "Time of a step, in those of SGD with momentum",
         "lr": "Learning rates that tuning chose",
     }
     seeds = len({r["seed"] for r in runs.records if r["track"] != "trial"})
@@ -261,10 +262,25 @@ def look(method: str) -> dict[str, Any]:
     }
 
 
-def grid(rows: int, columns: int, height: float) -> tuple[Any, Any]:
-    return plt.subplots(
-        rows, columns, figsize=(3.3 * columns + 0.4, height * rows + 0.7), squeeze=False
+def grid(panels: int, height: float, rows: int = 1) -> tuple[Any, Any]:
+    """A figure of so many panels, `WIDE` of them side by side; axes are ``[rows, panels]``.
+
+    Args:
+        panels: One for each problem, or track.
+        height: Of an axis, in inches.
+        rows: Axes of a panel, one below the other.
+    """
+    columns = min(panels, WIDE)
+    lines = -(-panels // columns)
+    figure, axes = plt.subplots(
+        *(rows * lines, columns),
+        figsize=(3.3 * columns + 0.4, height * rows * lines + 0.7),
+        squeeze=False,
     )
+    axes = axes.reshape(lines, rows, columns).transpose(1, 0, 2).reshape(rows, -1)
+    for unused in axes[:, panels:].flat:
+        unused.set_visible(False)
+    return figure, axes[:, :panels]
 
 
 def logarithmic(axis: Any) -> None:
@@ -296,7 +312,7 @@ def finish(figure: Any, axes: Any, title: str, path: Path) -> None:
 
 def curves(runs: Runs, track: str, path: Path) -> None:
     """Training loss against time and against steps: median of the seeds, band of the quartiles."""
-    figure, axes = grid(2, len(runs.problems), 2.5)
+    figure, axes = grid(len(runs.problems), 2.5, rows=2)
     for column, problem in enumerate(runs.problems):
         for row, (unit, label) in enumerate((("seconds", "seconds"), ("at", "steps"))):
             ax = axes[row, column]
@@ -318,15 +334,15 @@ def curves(runs: Runs, track: str, path: Path) -> None:
                 logarithmic(ax.xaxis)
             if row == 0:
                 ax.set_title(TRAINING[problem].title)
-            if column == 0:
+            if column % WIDE == 0:
                 ax.set_ylabel("training loss")
     finish(figure, axes, f"Training loss: {TRACKS[track]}", path)
 
 
 def times(runs: Runs, track: str, path: Path) -> None:
     """Time to target: median, quartiles, and how many seeds missed."""
-    figure, axes = grid(1, len(runs.problems), 0.26 * len(runs.methods) + 0.4)
-    for ax, problem in zip(axes.flat, runs.problems, strict=True):
+    figure, axes = grid(len(runs.problems), 0.26 * len(runs.methods) + 0.4)
+    for column, (ax, problem) in enumerate(zip(axes.flat, runs.problems, strict=True)):
         reached = {
             m: runs.to_target("seconds", problem=problem, method=m, track=track)
             for m in runs.methods
@@ -347,7 +363,7 @@ def times(runs: Runs, track: str, path: Path) -> None:
         ax.set(
             xscale="log", xlabel="seconds", yticks=range(len(names)), ylim=(-0.6, len(names) - 0.4)
         )
-        ax.set_yticklabels(names if ax is axes[0, 0] else [])
+        ax.set_yticklabels(names if column % WIDE == 0 else [])
         ax.set_xlim(min(finite) / 1.5, edge)
         logarithmic(ax.xaxis)
         ax.set_title(f"{TRAINING[problem].title}: {goal(runs, problem, 1)}")
@@ -356,7 +372,7 @@ def times(runs: Runs, track: str, path: Path) -> None:
 
 def profiles(runs: Runs, path: Path) -> None:
     """Share of problems and seeds that are solved within tau times the fastest optimizer's time."""
-    figure, axes = grid(1, len(runs.tracks), 3.2)
+    figure, axes = grid(len(runs.tracks), 3.2)
     taus = np.linspace(1, TAU, 400)
     for ax, track in zip(axes.flat, runs.tracks, strict=True):
         for method in runs.methods:
@@ -378,7 +394,7 @@ def quality(record: Record) -> float:
 
 def sensitivity(runs: Runs, path: Path) -> None:
     """Validation accuracy of every trial against its learning rate, best one at 1."""
-    figure, axes = grid(1, len(runs.problems), 2.8)
+    figure, axes = grid(len(runs.problems), 2.8)
     for ax, problem in zip(axes.flat, runs.problems, strict=True):
         shown: list[tuple[float, float]] = []
         for method in runs.methods:
@@ -403,16 +419,16 @@ def sensitivity(runs: Runs, path: Path) -> None:
 
 
 def costs(runs: Runs, path: Path) -> None:
-    """Time of a step in SGD steps."""
-    figure, axes = grid(1, len(runs.problems), 0.26 * len(runs.methods) + 0.4)
+    """Time of a step, in those of SGD with momentum."""
+    figure, axes = grid(len(runs.problems), 0.26 * len(runs.methods) + 0.4)
     names = list(reversed(runs.methods))
-    for ax, problem in zip(axes.flat, runs.problems, strict=True):
+    for column, (ax, problem) in enumerate(zip(axes.flat, runs.problems, strict=True)):
         values = [runs.cost(problem, method) for method in names]
         ax.barh(names, np.nan_to_num(values), color=[look(m)["color"] for m in names], height=0.7)
         for y, value in enumerate(values):
             ax.text(np.nan_to_num(value), y, f" {number(value, 2)}", va="center", fontsize=7)
-        ax.set_yticks(range(len(names)), names if ax is axes[0, 0] else [])
-        ax.set(title=TRAINING[problem].title, xlabel="SGD steps")
+        ax.set_yticks(range(len(names)), names if column % WIDE == 0 else [])
+        ax.set(title=TRAINING[problem].title, xlabel="steps of SGD with momentum")
         ax.margins(x=0.12)
         ax.grid(visible=False, axis="y")
     finish(figure, axes, "Cost of a step", path)

@@ -12,7 +12,7 @@ FILES = sorted((ROOT / "curvopt").rglob("*.py"))
 # What stands further left knows nothing of what stands further right; what shares a place stands
 # side by side.
 ORDER = """
-    errors | looks | axes | structures | ops losses | recording | quantities | engine |
+    errors | dtypes | looks | axes | structures | ops losses | recording | quantities | engine |
     api products datasets | jacobians verify | parallel | privacy | optim | compiled
 """
 FLOORS = {name: at for at, names in enumerate(ORDER.split("|")) for name in names.split()}

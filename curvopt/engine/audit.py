@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Mapping
 import torch
 from torch import Generator, Tensor
 
+from curvopt.dtypes import at_least_float32
 from curvopt.errors import CurvoptError
 from curvopt.structures import Structure
 
@@ -100,7 +101,7 @@ def audit(
 def _signs(p: Tensor, generator: Generator) -> tuple[Tensor, Tensor]:
     """Random signs for the first axis of a parameter, and for all others together."""
     length = p.shape[0] if p.ndim else 1
-    dtype = torch.promote_types(p.dtype, torch.float32)
+    dtype = at_least_float32(p.dtype)
     signs = torch.empty(length + p.shape[1:].numel(), dtype=dtype, device=p.device)
     a, b = signs.bernoulli_(0.5, generator=generator).mul_(2).sub_(1).tensor_split([length])
     return a, b

@@ -5,10 +5,10 @@ from __future__ import annotations
 from copy import copy
 from typing import Any
 
-import torch
 from torch import Size, Tensor
 
 from curvopt.axes.layout import Layout
+from curvopt.dtypes import at_least_float32
 from curvopt.errors import Uncovered
 
 
@@ -30,7 +30,7 @@ class UseView:
     def __init__(self, op: str, parameters: dict[Any, Tensor], cotangent: Tensor, layout: Layout):
         dtype = next(iter(parameters.values())).dtype
         # Half precision would lose squares and norms: they are accumulated in float32.
-        self.dtype = torch.promote_types(dtype, torch.float32)
+        self.dtype = at_least_float32(dtype)
         self.op, self.layout, self.parameters = op, layout, parameters
         self.raw = cotangent if cotangent.dtype is self.dtype else cotangent.to(self.dtype)
         self.cotangent = layout.split(self.raw, 1)

@@ -9,6 +9,7 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import Generator, Tensor
 
+from curvopt.dtypes import at_least_float32
 from curvopt.engine.computation import Computation
 from curvopt.looks import may_look
 from curvopt.optim import stats
@@ -219,7 +220,7 @@ class DiagGGNOptimizer(Scheduled):
         self.collected[:] = [{"diagonal": self._shards(means)}]
 
     def _begun(self, p: Tensor, group: dict[str, Any]) -> dict[str, Any]:
-        m = torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32))
+        m = torch.zeros_like(p, dtype=at_least_float32(p.dtype))
         state: dict[str, Any] = dict(step=0, weight=0.0, momentum_buffer=m)
         state |= {name: torch.zeros_like(m) for name in ("curvature", "inverse")}
         if group["momentum"] and group["adaptation"]:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Generator, Tensor
 
+from curvopt.dtypes import at_least_float32
 from curvopt.engine.checks import check_loss
 from curvopt.engine.computation import Computation
 from curvopt.errors import CurvoptError
@@ -279,7 +280,7 @@ class Joined(Contract):
             place = {p: index for index, p in enumerate(params)}
             order = self._ranks.union([place[p] for p in mine], len(params))
             owners = [params[index] for index in order]
-        wide = [torch.promote_types(p.dtype, torch.float32) for p in owners]
+        wide = [at_least_float32(p.dtype) for p in owners]
         given = [
             mine[p].to(dtype) if p in mine else torch.zeros(p.shape, dtype=dtype, device=p.device)
             for p, dtype in zip(owners, wide, strict=True)

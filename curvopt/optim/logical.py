@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from curvopt.dtypes import at_least_float32
+
 
 @dataclass
 class LogicalBatch:
@@ -53,5 +55,5 @@ class LogicalBatch:
 
 def zeros_for(p: Tensor) -> Tensor:
     """The sum for a parameter that took no part."""
-    dtype = torch.promote_types(p.dtype, torch.float32)
+    dtype = at_least_float32(p.dtype)
     return torch.zeros_like(p, dtype=dtype, memory_format=torch.contiguous_format)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from curvopt.dtypes import at_least_float32
 from curvopt.engine.computation import Computation
 from curvopt.quantities.base import Context, Quantity
 from curvopt.structures import Structure
@@ -253,5 +254,5 @@ def guessed(grad: Tensor, b: Tensor, t: int, mu: float) -> Tensor:
 
 def squared_norms(tensors: Iterable[Tensor]) -> Tensor:
     """The squared norm of each tensor, in float32 at least."""
-    wide = [t.to(torch.promote_types(t.dtype, torch.float32)) for t in tensors]
+    wide = [t.to(at_least_float32(t.dtype)) for t in tensors]
     return torch.stack(torch._foreach_norm(wide)).square() if wide else torch.zeros(0)

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Generator, Tensor
 
+from curvopt.dtypes import at_least_float32
 from curvopt.engine.computation import Computation
 from curvopt.errors import Coupled, CurvoptError
 from curvopt.optim import stats
@@ -350,7 +351,7 @@ class PolarOptimizer(Scheduled):
         """The state of a parameter that takes its first step; {} as long as its kind is unknown."""
         curvature, tables = self._found(p, Diagonal.field), self._found(p, "tables")
         # Contiguous, so that it is a matrix without being copied.
-        dtype = torch.promote_types(p.dtype, torch.float32)
+        dtype = at_least_float32(p.dtype)
         m = torch.zeros_like(p, dtype=dtype, memory_format=torch.contiguous_format)
         state: dict[str, Any] = {"step": 0, "momentum_buffer": m}
         if curvature:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from curvopt.dtypes import at_least_float32
 from curvopt.parallel.groups import Ranks
 from curvopt.parallel.shards import cut, is_sharded, like, local
 from curvopt.privacy.noise import GaussianNoise
@@ -36,7 +37,7 @@ def privatized(
         std: the noise's standard deviation.
         size: the divisor.
     """
-    wide = [torch.promote_types(p.dtype, torch.float32) for p in params]
+    wide = [at_least_float32(p.dtype) for p in params]
     own = [
         sums[p] if p in sums else torch.zeros(p.shape, dtype=dtype, device=p.device)
         for p, dtype in zip(params, wide, strict=True)

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from curvopt.dtypes import at_least_float32
 from curvopt.engine.computation import Computation
 from curvopt.errors import CurvoptError
 from curvopt.optim import stats
@@ -232,7 +233,7 @@ class VarianceAdaptiveSGD(EngineOptimizer):
         ]
 
     def _begun(self, p: Tensor, group: dict[str, Any]) -> dict[str, Any]:
-        b = torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32))
+        b = torch.zeros_like(p, dtype=at_least_float32(p.dtype))
         # S is positive: 0 / 0 must not happen.
         variance = torch.full_like(b, floor(b.dtype))
         return dict(step=0, spread=0.0, measured=0, momentum_buffer=b, variance=variance)

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from curvopt.dtypes import at_least_float32
 from curvopt.privacy.checks import require
 
 
@@ -88,7 +89,7 @@ def gaussian_noise(
 
 def noise_dtype(like: Tensor, secure: bool) -> torch.dtype:
     """The dtype of the noise for a tensor."""
-    return torch.float64 if secure else torch.promote_types(like.dtype, torch.float32)
+    return torch.float64 if secure else at_least_float32(like.dtype)
 
 
 def _fill(noise: Tensor, std: float, generator: torch.Generator, secure: bool) -> Tensor:

@@ -88,8 +88,9 @@ class Outer(Structure):
         limit = units(total, SPREAD)
         scatter.addcmul_(total, total, value=-share * (1 + limit))
         where = None
-        if may_look() and scatter.numel() and scatter.detach().amin() < 0:
-            where = scatter < 0
+        with torch.no_grad():
+            if may_look() and scatter.numel() and scatter.amin() < 0:
+                where = scatter < 0
         scatter.addcmul_(total, total, value=share * limit)
         if not may_look():  # to some units of the squared sum, where nothing is done again
             scatter.clamp_(min=0)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from curvopt.dtypes import at_least_float32
 from curvopt.structures.base import Structure
 from curvopt.structures.kronecker import Factors
 from curvopt.structures.lookup import Lookup
@@ -155,7 +156,7 @@ class Pulled(Structure):
 
     def _weights(self, weights: Tensor) -> Tensor:
         """Weights in the type of the inner rows; the value may have another one than p."""
-        return weights.to(torch.promote_types(self.value.dtype, torch.float32))
+        return weights.to(at_least_float32(self.value.dtype))
 
     def _vjp(self, rows: Tensor, *, batched: bool) -> Tensor:
         (pulled,) = torch.autograd.grad(

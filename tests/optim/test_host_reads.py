@@ -181,3 +181,24 @@ def test_state_of_steps_that_did_not_look_is_saved(waiting, monkeypatch):
         runs.append(list(model.parameters()))
     for p, q in zip(*runs, strict=True):
         torch.testing.assert_close(p, q, rtol=1e-12, atol=1e-14)
+
+
+class Ops(TorchDispatchMode):
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += 1
+        return func(*args, **kwargs or {})
+
+
+def test_ops_of_a_measuring_step():
+    """Parameters move together, as they do on an accelerator; on a CPU large ones in blocks."""
+    torch.manual_seed(0)
+    layers = nn.Linear(784, 512), nn.ReLU(), nn.Linear(512, 256), nn.ReLU(), nn.Linear(256, 10)
+    model, x, y = nn.Sequential(*layers), torch.rand(128, 784), torch.randint(10, (128,))
+    opt = curvopt.VarianceAdaptiveSGD(model.parameters(), variance_every=1, foreach=True)
+    for _ in range(3):
+        opt.step(lambda: F.cross_entropy(model(x), y))
+    with Ops() as ops:
+        opt.step(lambda: F.cross_entropy(model(x), y))
+    assert ops.count <= 180
