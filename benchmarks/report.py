@@ -128,6 +128,17 @@ class Runs:
                 ratios += [per_step(run) / per_step(rival) for rival in rivals]
         return quantile(ratios, 0.5) if ratios else math.nan
 
+    def behind(self, problem: str, method: str) -> float:
+        """Median time to target with defaults, over the shortest median of either track."""
+        medians = {
+            (m, track): quantile(times, 0.5)
+            for m in self.methods
+            for track in self.tracks
+            if (times := self.to_target("seconds", problem=problem, method=m, track=track))
+        }
+        own, best = medians.get((method, "defaults"), math.nan), min(medians.values())
+        return own / best if best < math.inf else math.nan
+
     def ratios(self, track: str, method: str) -> list[float]:
         """Time to target over that of the fastest optimizer, for every problem and seed."""
         result = []
@@ -198,6 +209,8 @@ def tables(runs: Runs) -> dict[str, str]:
             )
         result[f"accuracy-{track}"] = by_method(lambda m, p, track=track: accuracy(m, p, track))
     result["cost"] = by_method(lambda m, p: number(runs.cost(p, m)))
+    if len(runs.tracks) == len(TRACKS):
+        result["behind"] = by_method(lambda m, p: number(runs.behind(p, m)))
     if runs.select(track="trial"):
         result["lr"] = by_method(tuned)
     return result
@@ -216,6 +229,7 @@ def page(runs: Runs) -> str:
         "time": "Seconds to the target",
         "steps": "Steps to the target",
         "accuracy": "Test accuracy at the end, %" + ", or test loss" * losses,
+        "behind": "Seconds to the target with defaults, in those of the fastest, tuned or not",
         "cost": "Time of a step, in those of SGD with momentum",
         "lr": "Learning rates that tuning chose",
     }

@@ -335,6 +335,8 @@ def test_report_reads_off_targets_times_and_costs(runs):
     assert runs.cost("tiny", "Adam") == pytest.approx(3)
     assert runs.ratios("defaults", "Adam") == [1.5, float("inf")]
     assert runs.ratios("defaults", "SGD, momentum") == [1.0]
+    assert runs.behind("tiny", "Adam") == 1.5
+    assert math.isinf(runs.behind("tiny", "SGD"))
     tables = report.tables(runs)
     assert "| SGD, momentum | 2 |" in tables["time-defaults"]
     assert "| SGD | miss |" in tables["time-defaults"]
