@@ -84,7 +84,8 @@ class PolarOptimizer(Scheduled):
         eps: :math:`\epsilon`, the damping in units of the largest singular value: directions below
             it are noise. Default 1e-3; 3e-2 is much worse on an autoencoder.
         adaptation: :math:`\kappa`, how fast the rate adapts. Default 0.1; 0 keeps it as it is.
-        margin: :math:`\tau`, the agreement of gradients below which the rate shrinks. Default 0.05.
+        margin: :math:`\tau`, the agreement of gradients below which the rate shrinks. Default 0.05;
+            0 with a schedule that lets the rate fall at the end, which is better than either alone.
         weight_decay: :math:`\lambda`, decoupled as in AdamW. Default 0.
         damping: of tables, as in `DiagGGNOptimizer`. Default 0.1.
         curvature_decay: of tables. Default 0.95.
