@@ -50,10 +50,14 @@ class Modules(Calls):
             self.on_module(module, self)
         if isinstance(module, nn.RNNBase):
             remember_order(module, args)
-        self.given.update(map(_storage, _within((*args, *_keywords().values()))))
+        given = (*args, *_keywords().values())
+        self.given.update(map(_storage, _within(given)))
         if module is self.outermost or id(module) not in self.within:
             self.outermost, self.within = module, {id(m) for m in module.modules()}
             self.held = {_storage(buffer) for buffer in module.buffers()}
+            if not given and not any(isinstance(v, Tensor) for v in vars(module).values()):
+                # It has its batch already, and in its own buffers: nowhere else.
+                self.given.update(_storage(b) for b in module._buffers.values() if b is not None)
         # The layers of a scripted module do not call hooks.
         scripted = isinstance(module, torch.jit.ScriptModule)
         for buffer in module.buffers() if scripted else module._buffers.values():

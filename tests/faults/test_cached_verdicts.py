@@ -682,6 +682,28 @@ def kept_in_a_buffer(keep):
     return made(net.parameters(), loss, batch(outlier=50), coupled=True)
 
 
+class Filled(nn.Module):
+    """Has its batch in a buffer before it is called."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(D, C)
+        self.register_buffer("x", torch.zeros(N, D))
+
+    def forward(self):
+        return self.linear(normalized(self.x))
+
+
+def filled_before(fill):
+    net = Filled()
+
+    def loss(x, y):
+        fill(net, x)
+        return ce(20 * net(), y)
+
+    return made(net.parameters(), loss, batch(outlier=50), coupled=True)
+
+
 class Handed(nn.Module):
     """Gives its child the batch, in a buffer."""
 
@@ -766,6 +788,8 @@ UNSEEN.add("scripted-frozen-extractor-without-buffers", frozen_extractor, script
 UNSEEN.add("frozen-extractor-by-flags", frozen_by_flags)
 UNSEEN.add("batch-in-a-buffer", kept_in_a_buffer, lambda x: x)
 UNSEEN.add("batch-in-a-buffer-as-a-view", kept_in_a_buffer, lambda x: x.detach()[:, :])
+UNSEEN.add("batch-in-a-buffer-before-the-call", filled_before, lambda net, x: net.x.copy_(x))
+UNSEEN.add("batch-for-a-buffer-before-the-call", filled_before, lambda net, x: setattr(net, "x", x))
 UNSEEN.add("batch-in-a-childs-buffer", handed_to_a_child, lambda net, x: net(x))
 UNSEEN.add("batch-in-a-childs-buffer-by-keyword", handed_to_a_child, lambda net, x: net(x=x))
 UNSEEN.add("batch-in-a-childs-buffer-in-an-object", handed_to_a_child, lambda net, x: net(Held(x)))
