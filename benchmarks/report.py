@@ -136,7 +136,7 @@ class Runs:
             for track in self.tracks
             if (times := self.to_target("seconds", problem=problem, method=m, track=track))
         }
-        own, best = medians.get((method, "defaults"), math.nan), min(medians.values())
+        own, best = medians.get((method, "defaults"), math.nan), min(medians.values(), default=math.inf)
         return own / best if best < math.inf else math.nan
 
     def ratios(self, track: str, method: str) -> list[float]:
