@@ -230,7 +230,7 @@ def page(runs: Runs) -> str:
         "time": "Seconds to the target",
         "steps": "Steps to the target",
         "accuracy": "Test accuracy at the end, %" + ", or test loss" * losses,
-        "behind": "Seconds to the target with defaults, in those of the fastest other, tuned or not",
+        "behind": "Seconds to the target with defaults, in the fastest other's, tuned or not",
         "cost": "Time of a step, in those of SGD with momentum",
         "lr": "Learning rates that tuning chose",
     }
