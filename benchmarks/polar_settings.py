@@ -32,7 +32,7 @@ EVALUATIONS = 8
 UNSEEN = ("2c2d", "resnet", "gru")  # the defaults were chosen on the other problems
 SEEDS = (1, 2, 3)
 # 2C2D is dear: the settings that the others leave open.
-FEW = ("default", "tau 0", "kappa 0.2", "lr 6e-3", "rate to 0, last third", "DiagGGNOptimizer")
+FEW = ("lr 3e-3", "tau 0", "kappa 0.2", "lr 6e-3", "rate to 0, last third", "DiagGGNOptimizer")
 
 Rate = Callable[[float], float]  # factor of the rate, by the share of the training that is done
 
@@ -86,7 +86,7 @@ class Setting:
     Attributes:
         name: As in the table.
         start: As a method's; from the number of steps, where there is a schedule.
-        lr: The learning rate.
+        lr: The learning rate; the default is in the middle of those that are tried.
         by_steps: There is a schedule.
     """
 
@@ -97,7 +97,7 @@ class Setting:
 
 
 SETTINGS: dict[str, Setting] = named(
-    Setting("default", polar()),
+    Setting("lr 3e-3", polar()),
     Setting("tau 0", polar(margin=0.0)),
     Setting("tau 0.1", polar(margin=0.1)),
     Setting("kappa 0", polar(adaptation=0.0)),
@@ -153,7 +153,7 @@ def train(job: Job) -> dict[str, Any]:
     training: Training = TRAINING[problem]
     if name == "biases in the matrices":
         training = dataclasses.replace(training, model=BIASES[problem])
-    setting = SETTINGS.get(name, SETTINGS["default"])
+    setting = SETTINGS.get(name, SETTINGS["lr 3e-3"])
     start = setting.start(training.steps) if setting.by_steps else setting.start
     method = Method(name, start, setting.lr, setting.lr, setting.lr)
     key = {"problem": problem, "method": name, "seed": seed, "lr": method.lr}
@@ -198,10 +198,11 @@ def report(result: dict[str, Any]) -> str:
             "# Settings of PolarOptimizer",
             harness.sentence(result["machine"]),
             "Validation error in percent, or loss in nats per character, after half of the "
-            f"training and at its end: mean of {len(SEEDS)} seeds, and half of their range.",
+            f"training and at its end: mean of {len(SEEDS)} seeds, and half of their range. The "
+            "learning rate is 3e-3 where a row does not name another, and all else the default.",
             rows(list(SETTINGS), list(UNSEEN)),
             "Biases as matrices of one column, and as columns of the layers' matrices:",
-            rows(["default", "biases in the matrices"], list(BIASES)),
+            rows(["lr 3e-3", "biases in the matrices"], list(BIASES)),
         ]
     )
 
@@ -214,7 +215,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=harness.RESULTS, help="folder of the results")
     args = parser.parse_args(argv)
     harness.pin(1, 0)
-    both = ("default", "biases in the matrices")
+    both = ("lr 3e-3", "biases in the matrices")
     jobs: list[Job] = [
         (problem, name, seed)
         for seed in SEEDS[: args.seeds]

@@ -78,8 +78,9 @@ class PolarOptimizer(Scheduled):
 
     Args:
         params: parameters, (name, parameter) pairs, or parameter groups.
-        lr: about the root mean square of a step before the rate adapts. Default 3e-3; a schedule
-            multiplies the adapted rate.
+        lr: about the root mean square of a step before the rate adapts. Default 5e-3: of what was
+            tried, 3e-3 ends a little lower on an autoencoder, 1.2e-2 on a residual net and a GRU.
+            A schedule multiplies the adapted rate.
         momentum: :math:`\mu`. Default 0.9. Without momentum the rate does not adapt.
         eps: :math:`\epsilon`, the damping in units of the largest singular value: directions below
             it are noise. Default 1e-3; 3e-2 is much worse on an autoencoder.
@@ -144,7 +145,7 @@ class PolarOptimizer(Scheduled):
     def __init__(
         self,
         params: Any,
-        lr: float | Tensor = 3e-3,
+        lr: float | Tensor = 5e-3,
         momentum: float = 0.9,
         *,
         eps: float = 1e-3,
