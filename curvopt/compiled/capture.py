@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 import types
+import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
@@ -30,7 +31,9 @@ def inductor(graph: Any, inputs: list[Any]) -> Callable[..., Any]:
     patches: dict[str, Any] = {"layout_optimization": False} if on_cpu else {}
     # Without an environment of shapes nothing would be found in the disk's cache.
     mode = FakeTensorMode(shape_env=ShapeEnv(), static_shapes=True)
-    with config.patch(patches), tracing(TracingContext(mode)):
+    with config.patch(patches), tracing(TracingContext(mode)), warnings.catch_warnings():
+        # What torch says of itself.
+        warnings.filterwarnings("ignore", category=FutureWarning, module="torch")
         compiled: Any = compile_fx(graph, inputs)
     made: Callable[..., Any] = compiled
     return made

@@ -133,6 +133,7 @@ class Graph:
         held = [call[k] for k in self._held] if quantities else []
         held += [a for k, a in enumerate(call) if isinstance(a, nn.Parameter) and k not in at]
         share(tape, held)
+        facts: Any = None
         with kept_randomness(args[0].device), signs_from(drawn):
             grads: list[Tensor | None]
             if quantities:
@@ -142,7 +143,8 @@ class Graph:
                 with torch.no_grad():
                     computation.prepare()
                     check_plan(computation)
-                    grads, _ = update.measure(computation, quantities)
+                    grads, values = update.measure(computation, quantities)
+                    facts = update.facts(values)
                 plan, samples, sketch = computation.plan, computation.samples, outline(tape)
                 if not samples:
                     raise Unsuited  # an empty batch
@@ -156,7 +158,7 @@ class Graph:
             raise Unsuited("the function changes a parameter in place")
         if changed and update.private:
             raise Unsuited("the function changes a buffer or its arguments in place")
-        return Proof(plan, sketch, signs, samples, changed)
+        return Proof(plan, sketch, signs, samples, changed, facts)
 
     def _computation(self, tape: Tape, loss: Tensor) -> Computation:
         opt = self.update.opt
@@ -287,7 +289,7 @@ class Graph:
             with torch.no_grad():
                 traced = Traced(
                     moving, [*found.values()], groups, values, quantities,
-                    proof.samples, loss.detach(), state, numbers, drawn,
+                    proof.samples, loss.detach(), state, numbers, drawn, mode,
                 )  # fmt: skip
                 moved = update.move(traced)
         return self._ended(args, call, at, proof, conditions.any(), outputs, moved)
@@ -357,7 +359,7 @@ class Graph:
             moved = set(map(id, moving))
             for p in own:
                 p.grad = p.grad if id(p) in moved else None
-        update.done(mode, moving, groups, proof.samples, result[end + len(moving) :])
+        update.done(mode, moving, groups, proof, result[end + len(moving) :])
         return result[1:end]
 
 

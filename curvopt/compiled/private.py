@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from curvopt.compiled.padding import loss_without
-from curvopt.compiled.tracing import Unsuited
+from curvopt.compiled.tracing import Proof, Unsuited
 from curvopt.compiled.updates import Groups, Moved, Traced, Update, Write
 from curvopt.engine.computation import Computation
 from curvopt.optim.logical import zeros_for
@@ -167,7 +167,7 @@ class PrivateUpdate(Update):
         mode: Hashable,
         params: Sequence[Tensor],
         groups: Groups,
-        samples: int,
+        proof: Proof,
         seen: Sequence[Tensor],
     ) -> None:
         """Account the step."""
@@ -245,10 +245,10 @@ class PrivateAdam(PrivateUpdate):
         mode: Hashable,
         params: Sequence[Tensor],
         groups: Groups,
-        samples: int,
+        proof: Proof,
         seen: Sequence[Tensor],
     ) -> None:
         """Also count."""
-        super().done(mode, params, groups, samples, seen)
+        super().done(mode, params, groups, proof, seen)
         for p in params:
             self.opt.state[p]["step"] += 1

@@ -15,6 +15,7 @@ from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimize
 from curvopt.compiled.capture import Capture, Compiler, inductor
 from curvopt.compiled.graph import Graph
 from curvopt.compiled.newton import NewtonUpdate
+from curvopt.compiled.polar import PolarUpdate
 from curvopt.compiled.private import PrivateAdam, PrivateSGD
 from curvopt.compiled.tracing import Unsuited
 from curvopt.compiled.updates import Update
@@ -24,12 +25,14 @@ from curvopt.optim.base import EngineOptimizer
 from curvopt.optim.diag_ggn import DiagGGNOptimizer
 from curvopt.optim.dp_adam import DPAdam
 from curvopt.optim.dp_sgd import DPSGD
+from curvopt.optim.polar import PolarOptimizer
 from curvopt.optim.variance_adaptive import VarianceAdaptiveSGD
 from curvopt.recording.parked import settle
 
 UPDATES: dict[type, type[Update]] = {
     VarianceAdaptiveSGD: VarianceUpdate,
     DiagGGNOptimizer: NewtonUpdate,
+    PolarOptimizer: PolarUpdate,
     DPSGD: PrivateSGD,
     DPAdam: PrivateAdam,
 }
@@ -243,8 +246,8 @@ def compile(
     measures every so many steps has two graphs; where shapes change from batch to batch.
 
     Args:
-        opt: the optimizer: `VarianceAdaptiveSGD`, `DiagGGNOptimizer`, `DPSGD` or `DPAdam`; others
-            step eagerly.
+        opt: the optimizer: `VarianceAdaptiveSGD`, `DiagGGNOptimizer`, `PolarOptimizer`, `DPSGD` or
+            `DPAdam`; others step eagerly.
         function: of a batch, returns the loss, or ``(loss, output)``. It must be capturable as one
             graph (``torch.compile(..., fullgraph=True)``), and goes neither backward nor steps.
         max_graphs: how many shapes of batches are compiled; others step eagerly.

@@ -47,6 +47,7 @@ class Proof(NamedTuple):
         signs: the random signs that it drew.
         samples: N.
         changed: numbers of the arguments that it changed in place.
+        facts: of what was measured, see `Update.facts`.
     """
 
     plan: Any
@@ -54,6 +55,7 @@ class Proof(NamedTuple):
     signs: list[Sign]
     samples: int
     changed: frozenset[int]
+    facts: Any
 
 
 class Program(NamedTuple):

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from curvopt.compiled.tracing import Proof
 from curvopt.engine.computation import Computation
 from curvopt.quantities import Quantity
 
@@ -34,6 +35,7 @@ class Traced:
         state: the tensors of `Update.tensors`.
         numbers: those of `Update.numbers`, ``[P]`` each.
         drawn: the tensors of `Update.draw`.
+        mode: what the step does, see `Update.mode`.
     """
 
     params: list[Tensor]
@@ -46,6 +48,7 @@ class Traced:
     state: list[Tensor]
     numbers: Sequence[Tensor]
     drawn: list[Tensor]
+    mode: Hashable
 
 
 class Moved(NamedTuple):
@@ -124,6 +127,14 @@ class Update(ABC):
         computation.prepare()
         return computation.with_gradient(quantities)
 
+    def facts(self, values: dict[str, Any]) -> Any:
+        """What `done` has to know of what was measured, the same in every batch of these shapes.
+
+        Args:
+            values: what `measure` gave, of a pass with values.
+        """
+        return None
+
     @abstractmethod
     def tensors(self, mode: Hashable, params: Sequence[Tensor], groups: Groups) -> list[Tensor]:
         """The state that a step reads and may write to: no two share memory."""
@@ -156,7 +167,7 @@ class Update(ABC):
         mode: Hashable,
         params: Sequence[Tensor],
         groups: Groups,
-        samples: int,
+        proof: Proof,
         seen: Sequence[Tensor],
     ) -> None:
         """Note a step that was taken.
@@ -165,7 +176,7 @@ class Update(ABC):
             mode: what it did.
             params: that took part.
             groups: their settings.
-            samples: N where it measured, else 0.
+            proof: of the graph: with N where it measured, else 0, and the `facts`.
             seen: as in `Moved`.
         """
 

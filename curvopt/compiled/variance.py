@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from curvopt.compiled.tracing import Unsuited
+from curvopt.compiled.tracing import Proof, Unsuited
 from curvopt.compiled.updates import Groups, Moved, Traced, Update, Write, all_or_none
 from curvopt.engine.computation import Computation
 from curvopt.optim.noise import Batch, Moments, observed
@@ -124,12 +124,12 @@ class VarianceUpdate(Update):
         mode: Hashable,
         params: Sequence[Tensor],
         groups: Groups,
-        samples: int,
+        proof: Proof,
         seen: Sequence[Tensor],
     ) -> None:
         """Count."""
         opt = self.opt
-        opt.samples = samples or opt.samples
+        opt.samples = proof.samples or opt.samples
         for p, group in zip(params, groups, strict=True):
             state = opt.state[p]
             state["spread"] = group["momentum"] ** 2 * state["spread"] + 1 / opt.samples

@@ -13,6 +13,7 @@ from curvopt.errors import Coupled, CurvoptError
 from curvopt.optim import stats
 from curvopt.optim.diag_ggn import Move, Plan
 from curvopt.optim.joined import Backward
+from curvopt.optim.lead import seen
 from curvopt.optim.polar_factor import by_factors
 from curvopt.optim.polar_step import MatrixPlan, Rows, check_dense, gathered, rows_of
 from curvopt.optim.schedule import Scheduled
@@ -58,7 +59,8 @@ class PolarOptimizer(Scheduled):
       engine holds both. So a factor takes work of the size of the batch where a layer is wide;
       momentum has full rank. Otherwise it is had from the smaller Gram matrix. Both ways give the
       same numbers: which is taken is a matter of cost, and a product of the rows that is not what
-      ``p.grad`` holds (a penalty in the loss, a clipped element) is not used.
+      ``p.grad`` holds (a penalty in the loss, a clipped element) is not used, nor tried again
+      before the next of the steps that look, 1, 65, 129, ...
     * :math:`\|\hat m\| \le 1`, so lr times :math:`\sqrt{\max(O, I)}` bounds the spectral norm of
       a step at gamma = 1, and lr about its root mean square. m shrinks by itself where batches
       disagree.
@@ -320,7 +322,7 @@ class PolarOptimizer(Scheduled):
                 if p.grad is None or not p.numel():
                     continue
                 check_dense(p, self._name)
-                state = dict(self.state[p]) if p in self.state else self._first_state(p, group)
+                state = seen(self.state[p]) if p in self.state else self._first_state(p, group)
                 (unmeasured.discard if state else unmeasured.add)(p)
                 if not state:
                     continue  # it takes part for the first time: looked at next
@@ -330,7 +332,7 @@ class PolarOptimizer(Scheduled):
                     tables.append(Move(p, p.grad, state, found, self._name))
                 else:
                     passes = [values.get("rows", {}).get(p) for values in self.collected]
-                    matrices.append((p, state, Rows.joined(passes)))
+                    matrices.append((p, p.grad, state, Rows.joined(passes)))
             plans.append(Plan(tables, {**group, "max_step": 1.0}))
             plans.append(MatrixPlan(matrices, group, self._name))
         self._wait_for(unmeasured)

@@ -12,6 +12,9 @@ import math
 import torch
 from torch import Tensor
 
+from curvopt.errors import CurvoptError
+from curvopt.looks import may_look, refuse
+
 # What the parts cost on a CPU, as products of matrices in float32 (measured at 64 to 256 rows).
 EIGEN, SOLVE, DOUBLE = 45.0, 15.0, 2.0
 
@@ -52,11 +55,12 @@ def polar(matrix: Tensor, eps: float) -> Tensor:
     gram = _gram(wide)
     if len(gram) == 1:
         return (wide * _inverse_root(gram[0], eps)).to(matrix.dtype)
-    if len(gram) > 256 and not wide.any():  # a layer that is dead: no need to decompose it
+    # A layer that is dead: no need to decompose it.
+    if len(gram) > 256 and may_look() and not wide.any():
         return torch.zeros_like(matrix)
     if matrix.device.type != "cpu":  # where eigenvalues cost more than many products
         return newton_schulz(wide, gram, eps).to(matrix.dtype)
-    values, vectors = torch.linalg.eigh(gram)
+    values, vectors = _decomposed(gram)
     root = (vectors * _inverse_root(values, eps)) @ vectors.mT
     return (root @ wide).to(matrix.dtype)
 
@@ -112,18 +116,40 @@ def polar_of_rows(left: Tensor, right: Tensor, eps: float) -> tuple[Tensor, Tens
         return found and (found[1], found[0])
     a, b = _scaled(left), _scaled(right)
     k, gram = _gram(a), _gram(b)
-    trace = gram.diagonal().sum()
+    diagonal = gram.view(-1)[:: len(gram) + 1]
+    shift = 10 * torch.finfo(gram.dtype).eps * diagonal.sum() + _tiny(gram)
     # Rounding leaves eigenvalues down to minus some units of the largest one.
-    gram.diagonal().add_(10 * torch.finfo(gram.dtype).eps * trace + _tiny(gram))
+    diagonal.add_(shift)
     c, info = torch.linalg.cholesky_ex(gram)
-    if info.item():
+    if not may_look():
+        refuse(info != 0, lambda: CurvoptError("the rows have no Cholesky factor"))
+    elif info.item():
         return None
-    values, w = torch.linalg.eigh(c.mT @ k @ c)
+    values, w = _decomposed(c.mT @ k @ c)
     back = torch.linalg.solve_triangular(c, w.mT.contiguous(), upper=False, left=False)
     root = torch.where(values[-1] > _tiny(values), _inverse_root(values, eps), 0)
     m = (c @ (w * root)) @ back
     # The inverse root is of the scaled factors, and so is what it is multiplied by.
     return (a if a.dtype == left.dtype else left), (m @ b).to(right.dtype)
+
+
+def _decomposed(gram: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues and eigenvectors.
+
+    Raises:
+        torch.linalg.LinAlgError: there are none; where nobody may look, it is refused later.
+    """
+    if may_look():
+        values, vectors = torch.linalg.eigh(gram)
+        return values, vectors
+    # It would raise inside of a graph, for a matrix that is not finite.
+    finite = gram.isfinite().all()
+    identity = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+    values, vectors = torch.linalg.eigh(torch.where(finite, gram, identity))
+    # Of the values as well: a graph then writes nothing before it has them.
+    bad = ~(finite & values.isfinite().all())
+    refuse(bad, lambda: CurvoptError("a Gram matrix is not finite"))
+    return values, vectors
 
 
 def _inverse_root(values: Tensor, eps: float) -> Tensor:

@@ -12,6 +12,8 @@ from torch import Tensor
 
 from curvopt.engine.audit import precision_of
 from curvopt.errors import CurvoptError
+from curvopt.looks import may_look, refuse
+from curvopt.optim.lead import square, wide
 from curvopt.optim.polar_factor import by_factors, polar, polar_of_rows
 from curvopt.optim.rate import adapt
 from curvopt.optim.state import held, sides
@@ -23,7 +25,10 @@ from curvopt.structures import Outer, Structure
 SKETCH = 24
 # Units of rounding by which the rows' product may differ from the gradient.
 UNITS = 64.0
-# Steps after which what is left of a momentum that stands still is set to zero.
+# Types that autocast rounds to, the coarsest first.
+HALF = (torch.bfloat16, torch.float16)
+# Steps after which what is left of a momentum that stands still is set to zero: at 1, 65, ..., as a
+# rule those that look at the number of rows as well.
 CLEAN = 64
 
 
@@ -110,6 +115,20 @@ def check_dense(p: Tensor, name: Callable[[Tensor], str]) -> None:
         )
 
 
+class Fixed(NamedTuple):
+    """Random tensors that are the same in every run.
+
+    Attributes:
+        left: projects the outputs of a gradient, ``[O, SKETCH]``; None where they are few.
+        right: its inputs, ``[I, SKETCH]``.
+        signs: the direction along which rows and gradient are compared, ``[I]``.
+    """
+
+    left: Tensor | None
+    right: Tensor | None
+    signs: Tensor
+
+
 class Matrix:
     """What one step does to a matrix, or to a vector as one of a single column.
 
@@ -117,10 +136,12 @@ class Matrix:
 
     Args:
         p: the parameter.
+        grad: its gradient.
         state: a copy of its state, whose numbers are made those to come.
         rows: of its gradient, if known.
         eps: the damping.
         name: of a parameter, for messages.
+        fixed: what is random in a step, where that is at hand.
 
     Attributes:
         signal: the random projection of the gradient.
@@ -134,23 +155,29 @@ class Matrix:
     def __init__(
         self,
         p: Tensor,
+        grad: Tensor,
         state: dict[str, Any],
         rows: Rows | None,
         eps: float,
         name: Callable[[Tensor], str],
+        fixed: Fixed | None = None,
     ):
         self.p, self.state, self.shape, self.factor = p, state, sides(p), 0.0
         m = held(state, "momentum_buffer", p, name)
         if not local(m).is_contiguous():  # as somebody made it
             m = state["momentum_buffer"] = m.contiguous()
         self.m = local(m)
-        self.grad = whole(p.grad).reshape(self.shape).to(m.dtype)
+        self.grad = whole(grad).reshape(self.shape).to(m.dtype)
+        self.fixed = fixed_of(self.shape, self.m) if fixed is None else fixed
         if rows is not None:
             state["rows"] = rows.number
         self.left = self.right = self.u = cast(Tensor | None, None)
         self.failed = False
         try:
-            if rows is None or rows.factors is None or not self._by(*rows.factors, eps):
+            factors = None if rows is None else rows.factors
+            if factors is None or not self._by(*factors, eps):
+                if factors is not None and bool(square(wide(self.grad)) > 0):
+                    state["rows"] = math.inf  # a penalty comes again: no rows until the next look
                 self.u = polar(self.grad, eps).view(p.shape)
                 self.signal = self._projected()
         except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]  # public, untyped
@@ -186,37 +213,36 @@ class Matrix:
             self.failed = True
             return False
         self.left, self.right = found[0].mT, found[1]
-        po, pi = self._projections()
+        if isinstance(scale, Tensor):  # of a gradient of zeros, the factor is zero
+            self.left = torch.where(scale > 0, self.left, 0)
+        po, pi, _ = self.fixed
         left, right = left if po is None else left @ po, right if pi is None else right @ pi
         self.signal = (left * scale).mT @ right
         return True
 
-    def _scale(self, left: Tensor, right: Tensor, precise: float) -> float | None:
+    def _scale(self, left: Tensor, right: Tensor, precise: float) -> float | Tensor | None:
         """What the product of the rows is multiplied by to be the gradient, None if nothing is.
 
         The gradient may have been clipped as a whole. Anything else that it holds beside the
         samples' parts, a penalty or somebody's hand, is seen along a random direction.
         """
-        signs = _signs(self.shape[1], left.dtype, left.device)
+        signs = self.fixed.signs
         along = right @ signs
-        wanted, got = self.grad @ signs, left.mT @ along
-        size = torch.linalg.vector_norm(left) * torch.linalg.vector_norm(along)  # of the terms
+        wanted, got = wide(self.grad @ signs), wide(left.mT @ along)
+        size = _norm(left) * _norm(along)  # of the terms
+        if not may_look():
+            return _scale_unseen(wanted, got, size, left, precise, ~self.grad.any())
         both, ours, terms = torch.stack([wanted @ got, got @ got, size]).tolist()
         if not ours > 0 or not both > 0:
             return None
         scale = both / ours
-        apart = float(torch.linalg.vector_norm(wanted.sub_(got, alpha=scale)))
+        apart = float(torch.linalg.vector_norm(wanted - scale * got))
         if apart > UNITS * precise * scale * terms:
             precise = max(precise, _rounded(left))
         return scale if apart <= UNITS * precise * scale * terms else None
 
-    def _projections(self) -> tuple[Tensor | None, Tensor | None]:
-        """Of both sides; None where a side is small, and kept whole."""
-        (o, i), m = self.shape, self.m
-        return _projection(0, o, m.dtype, m.device), _projection(1, i, m.dtype, m.device)
-
     def _projected(self) -> Tensor:
-        po, pi = self._projections()
+        po, pi, _ = self.fixed
         small = self.grad if pi is None else self.grad @ pi
         return small if po is None else po.mT @ small
 
@@ -225,14 +251,14 @@ class MatrixPlan:
     """What one step does to the matrices of a group, computed before anything changes.
 
     Args:
-        matrices: parameter, copy of its state, and rows of its gradient.
+        matrices: parameter, gradient, copy of the state, and rows of the gradient.
         group: the settings.
         name: of a parameter, for messages.
     """
 
     def __init__(
         self,
-        matrices: Sequence[tuple[Tensor, dict[str, Any], Rows | None]],
+        matrices: Sequence[tuple[Tensor, Tensor, dict[str, Any], Rows | None]],
         group: dict[str, Any],
         name: Callable[[Tensor], str],
     ):
@@ -277,7 +303,7 @@ class MatrixPlan:
                 move.m.addmm_(move.left, move.right, beta=1 - self.weight, alpha=self.weight)
             elif move.u is not None:
                 move.m.lerp_(move.u, self.weight)
-            if move.state["step"] % CLEAN == 0:  # denormal numbers are slow
+            if cleans(move.state["step"]):  # denormal numbers are slow
                 info = torch.finfo(move.m.dtype)
                 torch.hardshrink(move.m, info.tiny / info.eps, out=move.m)
             states[move.p].update(move.state)
@@ -287,10 +313,52 @@ class MatrixPlan:
             weights.add_(move.m.view(weights.shape), alpha=move.factor)
 
 
+def cleans(step: int) -> bool:
+    """Whether denormal numbers are looked for in a matrix's step, the first one being 1."""
+    return step % CLEAN == 1
+
+
+def _norm(x: Tensor) -> Tensor:
+    """In double precision, where there is one: no square is too small."""
+    return torch.linalg.vector_norm(x, dtype=None if x.device.type == "mps" else torch.float64)
+
+
+def _scale_unseen(
+    wanted: Tensor, got: Tensor, size: Tensor, left: Tensor, precise: float, zero: Tensor
+) -> Tensor:
+    """`Matrix._scale` where nobody may look: 0 for zeros, else None is refused.
+
+    Args:
+        wanted: the gradient along a direction.
+        got: the product of the rows, likewise.
+        size: of the terms.
+        left: the rows.
+        precise: eps of the type in which they were added up.
+        zero: whether the gradient is zero.
+    """
+    both, ours = wanted @ got, got @ got
+    scale, precision = both / ours, torch.full_like(size, precise)
+    for dtype in HALF:
+        held = (left.to(dtype).to(left.dtype) == left).all()
+        precision = torch.where(held, precision.clamp(min=torch.finfo(dtype).eps), precision)
+    apart = torch.linalg.vector_norm(wanted - got * scale)
+    fits = (ours > 0) & (both > 0) & (apart <= UNITS * precision * scale * size)
+    error = CurvoptError("the product of the rows is not the gradient")
+    refuse(~(fits | zero), lambda: error)
+    return torch.where(zero, 0, scale)
+
+
+def fixed_of(shape: tuple[int, int], like: Tensor) -> Fixed:
+    """What is random in the step of a matrix ``[O, I]``, of a tensor's type and device."""
+    (o, i), dtype, device = shape, like.dtype, like.device
+    return Fixed(
+        _projection(0, o, dtype, device), _projection(1, i, dtype, device), _signs(i, dtype, device)
+    )
+
+
 def _rounded(values: Tensor) -> float:
     """Eps of the coarsest type that holds the values: of autocast's, products are rounded too."""
-    half = [torch.bfloat16, torch.float16]
-    held = (dtype for dtype in half if torch.equal(values.to(dtype).to(values.dtype), values))
+    held = (dtype for dtype in HALF if torch.equal(values.to(dtype).to(values.dtype), values))
     return float(torch.finfo(next(held, values.dtype)).eps)
 
 

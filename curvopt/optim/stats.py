@@ -106,8 +106,9 @@ def polar(groups: list[dict[str, Any]], states: Any) -> Stats:
     bounded = [{**group, "max_step": 1.0} for group in groups]
     known = diag_ggn(bounded, tables)
     moved = [
-        (p, g, states[p]) for g in groups for p in g["params"] if "signal" in states.get(p, ())
+        (p, g, {**states[p]}) for g in groups for p in g["params"] if "signal" in states.get(p, ())
     ]
+    fetch_numbers([state for _, _, state in moved])
     parts = [[square(wide(state["momentum_buffer"]))] for _, _, state in moved]
     whole = [[square(wide(state["signal"]))] for _, _, state in moved]  # all processes have it
     momenta = fetched([p for p, _, _ in moved], parts)

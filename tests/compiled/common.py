@@ -30,6 +30,12 @@ ROWS = {
     "diag_ggn-plain": lambda p: curvopt.DiagGGNOptimizer(
         p, 1e-2, momentum=0.0, samples=2, adaptation=0.0, max_step=float("inf")
     ),
+    # With little damping the factor itself amplifies rounding.
+    "polar": lambda p: curvopt.PolarOptimizer(p, lr=1e-2, eps=0.3, curvature_every=3),
+    "polar-decay": lambda p: curvopt.PolarOptimizer(
+        p, 1e-2, 0.8, eps=0.3, curvature_every=2, weight_decay=0.1, margin=0.1, maximize=True
+    ),
+    "polar-plain": lambda p: curvopt.PolarOptimizer(p, 1e-2, 0.0, eps=0.3, adaptation=0.0),
     "dp_sgd": seeded(curvopt.DPSGD, lr=0.1),
     "dp_sgd-momentum": seeded(
         curvopt.DPSGD, lr=0.1, momentum=0.9, nesterov=True, weight_decay=0.1, clipping="per_layer"

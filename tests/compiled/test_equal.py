@@ -11,7 +11,7 @@ from curvopt.compiled.capture import inductor
 from .common import ROWS, Both, batches, cross_entropy, network
 
 every = pytest.mark.parametrize("row", ROWS)
-some = pytest.mark.parametrize("row", ["variance", "diag_ggn-exact", "dp_adam"])
+some = pytest.mark.parametrize("row", ["variance", "diag_ggn-exact", "polar", "dp_adam"])
 
 
 @every
@@ -125,7 +125,8 @@ def smooth(model, x, y):
 
 
 LOSSES = [("variance", by_hand)]
-LOSSES += [(row, loss) for row in ("variance", "diag_ggn-exact") for loss in (summed, smooth)]
+THREE = ("variance", "diag_ggn-exact", "polar")
+LOSSES += [(row, loss) for row in THREE for loss in (summed, smooth)]
 
 
 def test_without_damping():
@@ -157,7 +158,7 @@ def test_penalties(row):
     both.check(compiled=5)
 
 
-@pytest.mark.parametrize("row", ["variance", "diag_ggn"])
+@pytest.mark.parametrize("row", ["variance", "diag_ggn", "polar-decay"])
 def test_tied_layers(row):
     layers = nn.ModuleList([nn.Linear(6, 6), nn.Linear(6, 3)]).double()
 
@@ -169,7 +170,7 @@ def test_tied_layers(row):
     both.check(rtol=1e-10, compiled=5)
 
 
-@pytest.mark.parametrize("row", ["diag_ggn", "dp_sgd"])
+@pytest.mark.parametrize("row", ["diag_ggn", "polar", "dp_sgd"])
 def test_recurrent_layers(row):
     """Dynamo leaves them out by default."""
     torch.manual_seed(0)
@@ -183,7 +184,7 @@ def test_recurrent_layers(row):
     both.check(rtol=1e-9, compiled=4)
 
 
-@pytest.mark.parametrize("row", ["variance"])
+@pytest.mark.parametrize("row", ["variance", "polar"])
 def test_gpt2_as_it_comes(row):
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
@@ -219,21 +220,23 @@ def test_dropout_draws_the_same_masks(row):
     both.check(compiled=5)
 
 
-def test_half_precision_parameters():
-    both = Both(network(torch.bfloat16), ROWS["variance"])
+@pytest.mark.parametrize("row", ["variance", "polar"])
+def test_half_precision_parameters(row):
+    both = Both(network(torch.bfloat16), ROWS[row])
     for batch in batches(5, dtype=torch.bfloat16):
         both.take(*batch)
     both.check(rtol=2e-2, atol=2e-2, compiled=4)
 
 
-def test_autocast():
+@pytest.mark.parametrize("row", ["diag_ggn-exact", "polar"])
+def test_autocast(row):
     """Inside of the function and around the step."""
 
     def loss(model, x, y):
         with torch.autocast("cpu", dtype=torch.bfloat16):
             return F.cross_entropy(model(x).float(), y)
 
-    both = Both(network(torch.float32), ROWS["diag_ggn-exact"], loss)
+    both = Both(network(torch.float32), ROWS[row], loss)
     both.run(batches(5, dtype=torch.float32))
     both.check(rtol=1e-3, atol=1e-4, compiled=4)
 

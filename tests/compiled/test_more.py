@@ -9,7 +9,9 @@ import curvopt
 
 from .common import ROWS, Both, batches, cross_entropy, network
 
-few = pytest.mark.parametrize("row", ["variance-debiased", "diag_ggn-exact", "dp_sgd"])
+few = pytest.mark.parametrize(
+    "row", ["variance-debiased", "diag_ggn-exact", "polar-decay", "dp_sgd"]
+)
 
 
 @few
