@@ -38,10 +38,9 @@ def test_parameter_groups(row):
     both.check(compiled=6)
 
 
-@pytest.mark.parametrize("row", ["variance", "diag_ggn"])
-def test_inductor(row):
+def test_inductor():
     """In float32, as users have it."""
-    both = Both(network(torch.float32, (6, 3)), ROWS[row], compiler=inductor)
+    both = Both(network(torch.float32, (6, 3)), ROWS["diag_ggn"], compiler=inductor)
     both.run(batches(10, dtype=torch.float32))
     both.check(rtol=1e-5, atol=2e-6, compiled=9)
 
