@@ -77,19 +77,30 @@ PROBLEMS: dict[str, Timed] = named(
 
 private = {"noise_multiplier": 1.0, "max_grad_norm": 1.0, "expected_batch_size": 64}
 Make = Callable[[Any], Any]
+
+
+def polar(params: Any) -> curvopt.PolarOptimizer:
+    """With random signs, of tables, that are the same in each run."""
+    held = list(params)
+    generator = torch.Generator(held[0].device).manual_seed(0)
+    return curvopt.PolarOptimizer(held, generator=generator)
+
+
 # What measures, measures in every step; what does not, hardly ever.
 OPTIMIZERS: dict[str, Make] = {
     "VarianceAdaptiveSGD, measuring": lambda p: curvopt.VarianceAdaptiveSGD(p, variance_every=1),
     "VarianceAdaptiveSGD": lambda p: curvopt.VarianceAdaptiveSGD(p, variance_every=NEVER),
     "DiagGGNOptimizer, measuring": lambda p: curvopt.DiagGGNOptimizer(p, curvature_every=1),
     "DiagGGNOptimizer": lambda p: curvopt.DiagGGNOptimizer(p, curvature_every=NEVER),
+    "PolarOptimizer": polar,
     "DPSGD": lambda p: curvopt.DPSGD(p, lr=0.1, **private),
     "DPAdam": lambda p: curvopt.DPAdam(p, **private),
 }
-# For the comparison: exact, without noise.
+# For the comparison: exact or with the same signs, without noise.
 EXACT: dict[str, Make] = {
     "VarianceAdaptiveSGD": lambda p: curvopt.VarianceAdaptiveSGD(p, 0.01, variance_every=2),
     "DiagGGNOptimizer": lambda p: curvopt.DiagGGNOptimizer(p, curvature_every=5, estimator="exact"),
+    "PolarOptimizer": polar,
     "DPSGD": lambda p: curvopt.DPSGD(p, lr=0.1, **{**private, "noise_multiplier": 0.0}),
 }
 
@@ -254,7 +265,7 @@ def report(result: dict[str, Any]) -> str:
             "cache had.",
             harness.table(["", *titles], compiling),
             "How far the parameters are apart after ten steps of both kinds, over their norm "
-            "(double precision, exact curvature, no noise).",
+            "(double precision, exact curvature or the same random signs, no noise).",
             harness.table(["", *titles], apart),
             *notes,
         ]

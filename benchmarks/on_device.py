@@ -118,7 +118,7 @@ def measure(device: torch.device, *, compiled: list[str]) -> dict[str, dict[str,
                 continue  # its tables are measured by random signs, which a device draws otherwise
             reference = job(copy.deepcopy(model), x, y)
             runs = {name: job}
-            if title in compiled and name in OPTIMIZERS and name != "PolarOptimizer":
+            if title in compiled and name in OPTIMIZERS:
                 runs[f"{name}, compiled"] = lambda *given, make=OPTIMIZERS[name]: of_steps(
                     make, *given, compiled=True
                 )

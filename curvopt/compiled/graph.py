@@ -168,12 +168,15 @@ class Graph:
 
     # -- the graph --------------------------------------------------------------------------------
 
-    def program(self, args: Sequence[Any], mode: Hashable) -> Program:
+    def program(self, args: Sequence[Any], mode: Hashable, state: list[Tensor]) -> Program:
         """The compiled step, made if there is none yet."""
-        key = mode, self.update.settings(), torch.is_autocast_enabled(args[0].device.type)
+        autocast = torch.is_autocast_enabled(args[0].device.type)
+        # Of whatever was loaded.
+        kinds = tuple((value.dtype, value.stride()) for value in state)
+        key = mode, self.update.settings(), autocast, kinds
         if key not in self.programs:
             try:
-                self.programs[key] = self._build(args, mode)
+                self.programs[key] = self._build(args, mode, state)
             except Unsuited as unsuited:
                 self.programs[key] = unsuited
             except CurvoptError as error:
@@ -185,11 +188,11 @@ class Graph:
             raise found
         return found
 
-    def _build(self, args: Sequence[Any], mode: Hashable) -> Program:
+    def _build(self, args: Sequence[Any], mode: Hashable, state: list[Tensor]) -> Program:
         proof = self._proven(args, mode)
         params = self.moving
         groups = self._groups(params)
-        given = self._inputs(args, proof, mode, params, groups, drawn=False)
+        given = self._inputs(args, proof, mode, params, groups, state, drawn=False)
         counts = [len(part) for part in given]
         number = 0
 
@@ -227,6 +230,7 @@ class Graph:
         mode: Hashable,
         params: list[Tensor],
         groups: Sequence[dict[str, Any]],
+        state: list[Tensor],
         *,
         drawn: bool = True,
     ) -> list[list[Tensor]]:
@@ -234,7 +238,6 @@ class Graph:
         update = self.update
         rows = update.numbers(mode, params, groups, proof.samples)
         numbers = [*put(rows, params[0].new_empty((), dtype=torch.float64))]
-        state = update.tensors(mode, params, groups)
         if not drawn:  # what has the same shapes will do
             signs = [sign.like.new_ones(sign.shape) for sign in proof.signs]
             return [[*args], state, numbers, signs, update.blanks(params)]
@@ -338,11 +341,13 @@ class Graph:
         if mode is None:
             raise Unsuited
         self.told(self, mode)
-        program = self.program(args, mode)
+        groups = self._groups(moving)
+        state = update.tensors(mode, moving, groups)
+        program = self.program(args, mode, state)
         proof = program.proof
         update.begin(proof.samples)
-        groups = self._groups(moving)
-        inputs = [a for part in self._inputs(args, proof, mode, moving, groups) for a in part]
+        parts = self._inputs(args, proof, mode, moving, groups, state)
+        inputs = [value for part in parts for value in part]
         try:
             with torch.no_grad():
                 result = program.run(*inputs)

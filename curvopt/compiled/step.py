@@ -159,6 +159,7 @@ class CompiledStep:
         opt: Any = self.opt
         if opt._watch is not None:  # the function is captured without hooks on its modules
             opt._watch.rest()
+            opt._watch.aside = True
         settle()
         if torch._C._len_torch_function_stack() or torch._C._len_torch_dispatch_stack():
             raise Unsuited(

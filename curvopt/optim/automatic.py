@@ -77,6 +77,7 @@ class Watch:
         ids: of the optimizer's parameters.
         kinds: what the hooks on those depend on.
         asleep: a block or a closure records.
+        aside: steps are compiled, of functions without hooks.
         foreign: a module that runs and has none of those, as have none of its own modules.
         within: the modules of it, by id.
         lists: the groups' lists of them, in whose place others may be put (as accelerate does).
@@ -91,7 +92,7 @@ class Watch:
         self.seeing = False
         self.ids: frozenset[int] = frozenset()
         self.kinds: list[Any] = []
-        self.asleep = False
+        self.asleep = self.aside = False
         self.foreign: nn.Module | None = None
         self.within: frozenset[int] = frozenset()
         self.lists: list[Any] = []

@@ -305,6 +305,9 @@ class EngineOptimizer(Gradients):
         self._forget()
         if self._watch is not None:
             self._watch.settle()
+            if self._watch.aside and not self._watch.asleep:  # an ordinary loop may come now
+                self._watch.aside = False
+                self._arm()
 
     @property
     def _step_supports_amp_scaling(self) -> bool:

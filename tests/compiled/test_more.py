@@ -200,9 +200,10 @@ def test_zero_grad_between():
     both.check(compiled=5)
 
 
-def test_ordinary_steps_afterwards():
-    """A loop of the usual kind goes on with the optimizer, where nothing is to be measured."""
-    both = Both(network(), lambda p: curvopt.VarianceAdaptiveSGD(p, variance_every=100))
+@pytest.mark.parametrize("row", ["variance-debiased", "diag_ggn-exact", "polar"])
+def test_ordinary_steps_afterwards(row):
+    """A loop of the usual kind goes on with the optimizer, also where it measures."""
+    both = Both(network(), ROWS[row])
     both.run(batches(3))
     for batch in batches(3):
         for model, opt in zip(both.models, both.opts, strict=True):
