@@ -252,6 +252,11 @@ def report(result: dict[str, Any]) -> str:
         [name, *(f"{p['agreement'][name]:.0e}" if name in p["agreement"] else "" for p in problems)]
         for name in EXACT
     ]
+    agreement = [
+        "How far the parameters are apart after ten steps of both kinds, over their norm "
+        "(double precision, exact curvature or the same random signs, no noise).",
+        harness.table(["", *(p["title"] for p in problems)], apart),
+    ]
     titles = [p["title"] for p in problems]
     notes = [f"{k} on {p['title']}: {why}" for p in problems for k, why in p["eager"].items()]
     return "\n\n".join(
@@ -264,9 +269,7 @@ def report(result: dict[str, Any]) -> str:
             "Seconds of the first twelve steps, the compiling among them, with what the disk's "
             "cache had.",
             harness.table(["", *titles], compiling),
-            "How far the parameters are apart after ten steps of both kinds, over their norm "
-            "(double precision, exact curvature or the same random signs, no noise).",
-            harness.table(["", *titles], apart),
+            *(agreement if any(p["agreement"] for p in problems) else ()),
             *notes,
         ]
     )

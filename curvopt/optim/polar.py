@@ -58,9 +58,8 @@ class PolarOptimizer(Scheduled):
       :math:`L^T R`, with as many rows in L (cotangents) and R (inputs) as the batch has, and the
       engine holds both. So a factor takes work of the size of the batch where a layer is wide;
       momentum has full rank. Otherwise it is had from the smaller Gram matrix. Both ways give the
-      same numbers: which is taken is a matter of cost, and a product of the rows that is not what
-      ``p.grad`` holds (a penalty in the loss, a clipped element) is not used, nor tried again
-      before the next of the steps that look, 1, 65, 129, ...
+      same numbers: which is taken is a matter of cost. Rows whose product is not what ``p.grad``
+      holds (a penalty in the loss, a clipped element) are left alone until step 65, 129, ...
     * :math:`\|\hat m\| \le 1`, so lr times :math:`\sqrt{\max(O, I)}` bounds the spectral norm of
       a step at gamma = 1, and lr about its root mean square. m shrinks by itself where batches
       disagree.
@@ -331,8 +330,10 @@ class PolarOptimizer(Scheduled):
                     found = self._found(p, Diagonal.field) if due else []
                     tables.append(Move(p, p.grad, state, found, self._name))
                 else:
-                    passes = [values.get("rows", {}).get(p) for values in self.collected]
-                    matrices.append((p, p.grad, state, Rows.joined(passes)))
+                    rows = Rows.joined([v.get("rows", {}).get(p) for v in self.collected])
+                    if self._looks() and rows is None and "rows" in state:
+                        state["rows"] = float("inf")  # samples are coupled by now
+                    matrices.append((p, p.grad, state, rows))
             plans.append(Plan(tables, {**group, "max_step": 1.0}))
             plans.append(MatrixPlan(matrices, group, self._name))
         self._wait_for(unmeasured)

@@ -13,7 +13,7 @@ from torch import Tensor
 from curvopt.engine.audit import precision_of
 from curvopt.errors import CurvoptError
 from curvopt.looks import may_look, refuse
-from curvopt.optim.lead import square, wide
+from curvopt.optim.lead import wide
 from curvopt.optim.polar_factor import by_factors, polar, polar_of_rows
 from curvopt.optim.rate import adapt
 from curvopt.optim.state import held, sides
@@ -176,7 +176,7 @@ class Matrix:
         try:
             factors = None if rows is None else rows.factors
             if factors is None or not self._by(*factors, eps):
-                if factors is not None and bool(square(wide(self.grad)) > 0):
+                if factors is not None and self.grad.any():
                     state["rows"] = math.inf  # a penalty comes again: no rows until the next look
                 self.u = polar(self.grad, eps).view(p.shape)
                 self.signal = self._projected()
@@ -233,7 +233,7 @@ class Matrix:
         if not may_look():
             return _scale_unseen(wanted, got, size, left, precise, ~self.grad.any())
         both, ours, terms = torch.stack([wanted @ got, got @ got, size]).tolist()
-        if not ours > 0 or not both > 0:
+        if not ours > _least(left) or not both > 0:
             return None
         scale = both / ours
         apart = float(torch.linalg.vector_norm(wanted - scale * got))
@@ -318,6 +318,11 @@ def cleans(step: int) -> bool:
     return step % CLEAN == 1
 
 
+def _least(rows: Tensor) -> float:
+    """Below this square of a gradient the factors of its polar factor may be too large a number."""
+    return float(torch.finfo(rows.dtype).tiny)
+
+
 def _norm(x: Tensor) -> Tensor:
     """In double precision, where there is one: no square is too small."""
     return torch.linalg.vector_norm(x, dtype=None if x.device.type == "mps" else torch.float64)
@@ -342,7 +347,7 @@ def _scale_unseen(
         held = (left.to(dtype).to(left.dtype) == left).all()
         precision = torch.where(held, precision.clamp(min=torch.finfo(dtype).eps), precision)
     apart = torch.linalg.vector_norm(wanted - got * scale)
-    fits = (ours > 0) & (both > 0) & (apart <= UNITS * precision * scale * size)
+    fits = (ours > _least(left)) & (both > 0) & (apart <= UNITS * precision * scale * size)
     error = CurvoptError("the product of the rows is not the gradient")
     refuse(~(fits | zero), lambda: error)
     return torch.where(zero, 0, scale)
