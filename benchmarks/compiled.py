@@ -79,11 +79,11 @@ private = {"noise_multiplier": 1.0, "max_grad_norm": 1.0, "expected_batch_size":
 Make = Callable[[Any], Any]
 
 
-def polar(params: Any) -> curvopt.PolarOptimizer:
+def polar(params: Any, lr: float = 3e-3) -> curvopt.PolarOptimizer:
     """With random signs, of tables, that are the same in each run."""
     held = list(params)
     generator = torch.Generator(held[0].device).manual_seed(0)
-    return curvopt.PolarOptimizer(held, generator=generator)
+    return curvopt.PolarOptimizer(held, lr, generator=generator)
 
 
 # What measures, measures in every step; what does not, hardly ever.
@@ -92,7 +92,8 @@ OPTIMIZERS: dict[str, Make] = {
     "VarianceAdaptiveSGD": lambda p: curvopt.VarianceAdaptiveSGD(p, variance_every=NEVER),
     "DiagGGNOptimizer, measuring": lambda p: curvopt.DiagGGNOptimizer(p, curvature_every=1),
     "DiagGGNOptimizer": lambda p: curvopt.DiagGGNOptimizer(p, curvature_every=NEVER),
-    "PolarOptimizer": polar,
+    # Of one batch it would soon have a loss of zero, which has other steps.
+    "PolarOptimizer": lambda p: polar(p, 1e-8),
     "DPSGD": lambda p: curvopt.DPSGD(p, lr=0.1, **private),
     "DPAdam": lambda p: curvopt.DPAdam(p, **private),
 }
