@@ -97,6 +97,14 @@ def _said(error: Exception) -> str:
     return ". ".join(part for part in (first, more, where) if part)
 
 
+def source_of(node: Any) -> str:
+    """Where Dynamo has an argument from, as Python would write it."""
+    argument = node.meta.get("grapharg")
+    source = getattr(argument, "source", None)
+    name = getattr(source, "name", "")
+    return str(name() if callable(name) else name)
+
+
 def _own(function: Callable[..., Any]) -> Callable[..., Any]:
     """The function behind a code object of its own: Dynamo keeps what it captured with the code."""
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from curvopt.compiled.capture import source_of
 from curvopt.compiled.tracing import (
     KnownTape,
     Program,
@@ -33,6 +34,8 @@ from curvopt.losses.base import random_signs, signs_from
 from curvopt.optim.lead import put
 from curvopt.recording.tape import Tape
 
+# Steps in a row with new settings each, after which that is said.
+CHANGES = 3
 # In the names of what modules hold.
 _OF_MODULE = re.compile(r"\._(buffers|parameters)\[")
 
@@ -56,13 +59,15 @@ class Graph:
     ):
         self.captured, self.update, self.compiler, self.told = captured, update, compiler, told
         holders = [n for n in captured.graph.nodes if n.op == "placeholder"]
-        names = [_source(node) for node in holders]
+        names = [source_of(node) for node in holders]
         self._buffers: list[int] = [k for k, name in enumerate(names) if "_buffers[" in name]
         self._data = {k for k, name in enumerate(names) if not _OF_MODULE.search(name)}
         self._held: list[int] = []
-        self.programs: dict[Hashable, Program | Unsuited] = {}
+        self.programs: dict[tuple[Hashable, ...], Program | Unsuited] = {}
         self.params: list[tuple[int, Tensor]] = []
         self.moving: list[Tensor] = []
+        self._settings: Hashable = None
+        self._changes = 0
         self.reached: tuple[int, ...] = ()
         self.owned: list[int] = []
 
@@ -173,7 +178,7 @@ class Graph:
         autocast = torch.is_autocast_enabled(args[0].device.type)
         # Of whatever was loaded.
         kinds = tuple((value.dtype, value.stride()) for value in state)
-        key = mode, self.update.settings(), autocast, kinds
+        key = mode, self._steady(), autocast, kinds
         if key not in self.programs:
             try:
                 self.programs[key] = self._build(args, mode, state)
@@ -187,6 +192,21 @@ class Graph:
         if isinstance(found, Unsuited):
             raise found
         return found
+
+    def _steady(self) -> Hashable:
+        """The settings, once two steps in a row have the same.
+
+        Raises:
+            Unsuited: they have not, as under a schedule of the momentum.
+        """
+        settings, before = self.update.settings(), self._settings
+        self._settings = settings
+        if before in (None, settings) or any(key[1] == settings for key in self.programs):
+            self._changes = 0
+            return settings
+        self._changes += 1
+        often = "settings of the optimizer change from step to step"
+        raise Unsuited(often if self._changes > CHANGES else "", asked=True)
 
     def _build(self, args: Sequence[Any], mode: Hashable, state: list[Tensor]) -> Program:
         proof = self._proven(args, mode)
@@ -376,11 +396,3 @@ def _said(error: Exception) -> str:
 
 def _storage(tensor: Tensor) -> int:
     return tensor.untyped_storage()._cdata
-
-
-def _source(node: Any) -> str:
-    """Where Dynamo has an argument from, as Python would write it."""
-    argument = node.meta.get("grapharg")
-    source = getattr(argument, "source", None)
-    name = getattr(source, "name", "")
-    return str(name() if callable(name) else name)

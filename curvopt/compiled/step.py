@@ -266,7 +266,8 @@ def compile(
     Note:
         Schedulers, `state_dict`, `zero_grad` and `stats` work as ever, and a checkpoint goes on
         either way. Afterwards ``p.grad`` holds the gradient. Buffers that the model changes are
-        written by the graph. Learning rates are inputs; a changed setting makes a new graph.
+        written by the graph. Learning rates are inputs; a changed setting makes a new graph when it
+        comes twice in a row (with ``OneCycleLR`` use ``cycle_momentum=False``).
         Parameters must stay the same tensors. Batches of a Poisson sampler are filled up to few
         sizes, with samples that do not count. Dropout draws from torch's global generator, random
         signs and private noise from the optimizer's own.

@@ -255,8 +255,7 @@ class PolarOptimizer(Scheduled):
             values["tables"] = dict.fromkeys(tracked, False) | kinds
             if any(kinds.values()):
                 sketches = [Diagonal(generator=self._own_draws(self.generator))]
-        if sketches:
-            values.update(computation.run(sketches))
+        values |= computation.run(sketches) if sketches else {}
         if isinstance(quantities[-1], Structures):
             with computation.watching(quantities[-1:], values):
                 backward(computation.derives)

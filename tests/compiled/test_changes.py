@@ -179,7 +179,7 @@ def test_schedules(row):
 
 
 def test_settings_are_changed(both):
-    """They are part of a graph, so that there is a new one."""
+    """They are part of a graph, so that there is a new one, once they stay."""
     for opt in both.opts:
         opt.param_groups[0]["momentum"] = 0.5
     both.run(batches(2))
@@ -187,7 +187,37 @@ def test_settings_are_changed(both):
         opt.param_groups[0]["weight_decay"] = 0.1
         opt.variance_every = 3
     both.run(batches(4))
+    both.check(compiled=6)
+    for opt in both.opts:  # back again
+        opt.param_groups[0]["weight_decay"] = 0.0
+    both.run(batches(2))
     both.check(compiled=8)
+
+
+def test_settings_that_change_with_every_step():
+    """No graph is made for each: as for shapes, they have to come twice."""
+    made = []
+
+    def make(params):
+        opt = ROWS["variance"](params)
+        made.append(lr_scheduler.OneCycleLR(opt, 0.1, total_steps=20))
+        return opt
+
+    both = Both(network(), make)
+
+    def run(data):
+        for batch in data:
+            both.run([batch])
+            for schedule in made:
+                schedule.step()
+
+    with pytest.warns(UserWarning, match="settings of the optimizer change from step to step"):
+        run(batches(9))
+    both.check(compiled=1)
+    for opt in both.opts:
+        opt.param_groups[0]["momentum"] = 0.9
+    both.run(batches(3))
+    both.check(compiled=3)
 
 
 def test_a_tensor_outside_is_rebound():
