@@ -106,6 +106,30 @@ def test_coupled_samples():
     both.check(rtol=1e-10, atol=1e-12, compiled=5)
 
 
+def test_samples_that_are_coupled_later(monkeypatch):
+    """There are rows until the next look, which no graph can do without."""
+    monkeypatch.setattr(polar, "LOOK", 4)
+    torch.manual_seed(0)
+    layers = nn.Linear(20, WIDE, bias=False), nn.BatchNorm1d(WIDE), nn.Linear(WIDE, 3)
+    both = Both(nn.Sequential(*layers).double().eval(), make)
+    both.run(data(3))
+    assert by_rows(both)
+    for model in both.models:
+        model.train()
+    with pytest.warns(UserWarning, match="eagerly: .* in training mode"):
+        both.run(data(2))
+    assert not by_rows(both)
+    both.run(data(3))
+    both.check(rtol=1e-9, atol=1e-11, compiled=2 + 3)
+
+
+@pytest.mark.parametrize("n", [1, 3, 20, 26])
+def test_as_many_samples_as_units(n):
+    both = Both(wide(), make)
+    both.run(data(5, n=n))
+    both.check(rtol=1e-10, atol=1e-12, compiled=4)
+
+
 def test_batch_sizes():
     """The number of rows decides how matrices are stepped; compiled steps note it as well."""
     both = Both(wide(), make)
