@@ -73,10 +73,11 @@ class Tables(nn.Module):
         super().__init__()
         self.tokens, self.positions = nn.Embedding(9, 8), nn.Parameter(torch.zeros(4, 8))
         self.mix, self.dense = nn.Conv1d(8, 8, 2, groups=4), nn.Linear(24, 40)
-        self.back = nn.Linear(40, 8)
+        self.back, self.placed = nn.Linear(40, 8), True
 
     def forward(self, x):
-        h = self.mix((self.tokens(x) + self.positions).mT)
+        h = self.tokens(x)
+        h = self.mix((h + self.positions if self.placed else h).mT)
         return self.back(torch.tanh(self.dense(h.flatten(1)))) @ self.tokens.weight.T
 
 
@@ -94,6 +95,34 @@ def test_tables(options):
     assert sum("curvature" in state for state in both.opts[1].state.values()) == 3
     assert by_rows(both) == {(40, 24), (8, 40)}
     both.check(rtol=1e-9, atol=1e-11, compiled=7)
+
+
+def test_a_table_takes_no_part_for_a_while():
+    """It is then due when others are not, in steps that are taken eagerly."""
+    torch.manual_seed(0)
+    both = Both(Tables().double(), lambda p: make(p, curvature_every=3))
+    steps = [*sentences(14)]
+    for placed, part in ((True, steps[:4]), (False, steps[4:8]), (True, steps[8:])):
+        for model in both.models:
+            model.placed = placed
+        both.run(part)
+    both.check(rtol=1e-9, atol=1e-11)
+    assert both.step.taken["compiled"] >= 8
+
+
+def test_groups_and_a_generator():
+    def of_two_groups(params):
+        held = [*params]
+        groups = [
+            {"params": held[::2], "lr": torch.tensor(0.01), "weight_decay": 0.1},
+            {"params": held[1::2], "momentum": 0.5, "margin": 0.2, "eps": 0.5, "damping": 0.3},
+        ]
+        return make(groups, curvature_every=2, generator=torch.Generator().manual_seed(3))
+
+    torch.manual_seed(0)
+    both = Both(Tables().double(), of_two_groups)
+    both.run(sentences(7))
+    both.check(rtol=1e-9, atol=1e-11, compiled=6)
 
 
 def test_coupled_samples():
