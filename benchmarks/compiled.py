@@ -79,7 +79,7 @@ private = {"noise_multiplier": 1.0, "max_grad_norm": 1.0, "expected_batch_size":
 Make = Callable[[Any], Any]
 
 
-def polar(params: Any, lr: float = 3e-3) -> curvopt.PolarOptimizer:
+def polar(params: Any, lr: float = 5e-3) -> curvopt.PolarOptimizer:
     """With random signs, of tables, that are the same in each run."""
     held = list(params)
     generator = torch.Generator(held[0].device).manual_seed(0)

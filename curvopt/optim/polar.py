@@ -103,8 +103,7 @@ class PolarOptimizer(Scheduled):
             something that may be a count: N times its part of the loss, or its part.
 
     Attributes:
-        failed: how often the rows of a batch had no Cholesky factor, so that the Gram matrix of the
-            gradient was taken.
+        failed: how often a batch's rows had no Cholesky factor, so that the Gram matrix was taken.
 
     Raises:
         ValueError: a setting is out of range.
