@@ -53,4 +53,4 @@ second
 wait "$other"
 cat "$out/first.jsonl" "$out/second.jsonl" >"$out/optimizers.jsonl"
 python report.py --runs "$out/optimizers.jsonl" --out "$out"
-python step_cost.py --threads 1 --out "$out"
+python step_cost.py --threads 1 --out "$out" "${methods[@]}" --method SOAP

@@ -10,6 +10,7 @@ often, so that a call after the warm-up, which is what is timed, has what a usua
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import harness
@@ -50,11 +51,14 @@ def held(state: Any) -> int:
     return sum(map(held, state)) if isinstance(state, (list, tuple)) else 0
 
 
-def measure(problem: Training, rounds: int, device: torch.device) -> dict[str, Any]:
-    """Costs of all optimizers on a problem; one that cannot run is recorded with its error."""
+def measure(
+    problem: Training, chosen: Sequence[str], rounds: int, device: torch.device
+) -> dict[str, Any]:
+    """Costs of the optimizers on a problem; one that cannot run is recorded with its error."""
     starts, failures, state = {}, {}, {}
     for name, method in METHODS.items():
-        if problem.name in method.skip or harness.find(method.needs) is None:
+        missing = problem.name in method.skip or harness.find(method.needs) is None
+        if missing or name not in chosen:
             continue
 
         def make(method: Method = method) -> harness.Variant:
@@ -103,14 +107,17 @@ def report(result: dict[str, Any]) -> str:
 
 def main(argv: list[str] | None = None) -> None:
     """Measures the chosen problems and writes `step_cost.json` and `step_cost.md`."""
-    args = harness.arguments(__doc__, rounds=15, problems=TRAINING).parse_args(argv)
+    parser = harness.arguments(__doc__, rounds=15, problems=TRAINING)
+    parser.add_argument("--method", action="append", choices=list(METHODS), help="repeatable")
+    args = parser.parse_args(argv)
+    chosen = [BASE, *(args.method or METHODS)]
     harness.pin(args.threads, args.seed)
     warnings.filterwarnings("ignore", message=r"Using backward\(\) with create_graph")
     warnings.filterwarnings("ignore", message="Full backward hook is firing")
     rounds = 3 if args.quick else args.rounds
     result: dict[str, Any] = {"machine": harness.machine(args.seed), "rounds": rounds}
     result["problems"] = {
-        name: measure(TRAINING[name], rounds, torch.device(args.device))
+        name: measure(TRAINING[name], chosen, rounds, torch.device(args.device))
         for name in args.problem or TRAINING
     }
     harness.save(args.out, "step_cost", result, report(result))
