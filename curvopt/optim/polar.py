@@ -125,7 +125,7 @@ class PolarOptimizer(Scheduled):
 
         Measured with the defaults, one thread: a deep autoencoder (784-1000-500-250-30 and back,
         tanh) is through its plateau and below 87 after 100 steps and 6.1 s (tuned Muon 80 steps and
-        8.2 s; the others never), a residual net at 93.8 % after 60 steps, 1.5 s (the next 3.1 s).
+        8.2 s; the others never), a residual net at 93.8 % after 60 steps (SOAP 60, Muon 140).
         A step costs 1.1 to 1.5 steps of SGD with momentum on convolutional and language models, 2.4
         on the wide layers of MLP and autoencoder, more on tiny nets. Not measured on a GPU.
 
