@@ -60,7 +60,7 @@ def test_transformer():
 
 def test_gpt2_as_it_comes():
     """Its own loss is computed in float32."""
-    transformers = pytest.importorskip("transformers")
+    transformers = pytest.importorskip("transformers", reason="it is of the dev extra alone")
     torch.manual_seed(0)
     config = transformers.GPT2Config(
         n_layer=1, n_head=2, n_embd=8, vocab_size=7, n_positions=8, attn_pdrop=0, embd_pdrop=0,
