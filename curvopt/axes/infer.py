@@ -206,11 +206,11 @@ class _Search(Choices):
         seeded = {reading.entry for reading in linked.chosen}
         rows = self.frontier.rows
         if n == 1 and not any(row.shape[:1] == (1,) for row in rows) and _many(linked):
-            reading = linked.chosen[0]
+            reading, many = linked.chosen[0], next((row.shape[:1] for row in rows), ())
             raise ambiguous(
                 f"one sample, since the loss sees one position of {reading}",
-                f"{reading.size} samples along it, of which the others are not used",
-                (1,),
+                f"{many[0]} samples, the rows of the loss" if many else f"{reading.size} along it",
+                (1, *many),
             )
         behind = [r for r in linked.chosen if r.dim and set(r.entry.ref.shape[: r.dim]) == {1}]
         if n > 1 and behind:

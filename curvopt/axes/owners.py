@@ -297,10 +297,10 @@ class Replay:
         flat = self._flat.get(ref.storage)
         if flat is not None:
             owners, itemsize = flat
-            if itemsize != ref.dtype.itemsize or _length(ref) > len(owners):
+            if itemsize != ref.dtype.itemsize or self.trace.end(ref) > len(owners):
                 return mixed(ref.ndim)
             # A copy: what is written to the storage later must not change what is known of now.
-            found = squash(owners.as_strided(ref.shape, ref.stride, ref.offset)).clone()
+            found = squash(owners.as_strided(ref.shape, ref.stride, self.trace.begin(ref))).clone()
             nobody = found.numel() == 1 and int(found) == NONE
             return None if nobody else State(found)
         views = self._views.get(ref.storage)
@@ -319,8 +319,8 @@ class Replay:
         if ref.storage in self._flat:
             return
         itemsize = ref.dtype.itemsize
-        length = max(self.trace.nbytes[ref.storage] // itemsize, _length(ref))
-        flat = torch.full((length,), NONE, dtype=DTYPE)
+        length = max(self.trace.nbytes[ref.storage] // itemsize, self.trace.end(ref))
+        flat, origin = torch.full((length,), NONE, dtype=DTYPE), self.trace.origins[ref.storage]
         for (offset, shape, stride, size), state in self._views.pop(ref.storage, {}).items():
             if state is None:
                 continue
@@ -330,7 +330,7 @@ class Replay:
                 continue
             if 0 in shape:
                 continue
-            window, owners = _spread(flat, offset, shape, stride, state.owners)
+            window, owners = _spread(flat, offset + origin, shape, stride, state.owners)
             window.copy_(join(window.clone(), owners))
         self._flat[ref.storage] = flat, itemsize
 
@@ -344,13 +344,13 @@ class Replay:
                 owners, itemsize = flat
                 if (
                     itemsize != ref.dtype.itemsize
-                    or _length(ref) > len(owners)
+                    or self.trace.end(ref) > len(owners)
                     or (state is not None and state.ragged is not None)
                 ):
                     owners.fill_(MIXED)
                 elif 0 not in ref.shape:
                     new = constant(ref.ndim) if state is None else state.owners
-                    window, new = _spread(owners, ref.offset, ref.shape, ref.stride, new)
+                    window, new = _spread(owners, self.trace.begin(ref), ref.shape, ref.stride, new)
                     window.copy_(new)
             return
         views = self._views.setdefault(ref.storage, {})
@@ -378,13 +378,6 @@ def _has_mixed(owners: Tensor) -> bool:
 def _is_nobody(state: State) -> bool:
     owners = state.owners
     return state.ragged is None and owners.numel() == 1 and int(owners) == NONE
-
-
-def _length(ref: Ref) -> int:
-    """How far into its storage a tensor reaches."""
-    if ref.numel == 0:
-        return 0
-    return ref.offset + 1 + sum((n - 1) * s for n, s in zip(ref.shape, ref.stride, strict=True))
 
 
 def _spread(

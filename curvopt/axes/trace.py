@@ -64,6 +64,8 @@ class Trace(TorchDispatchMode):
             the order of `Op.inputs`, for ops whose owners can depend on them.
         reads: numbers that Python got to see.
         nbytes: by number of storage, its length.
+        origins: by number of storage, the offset that counts as zero: of the view under which it
+            came from outside, so that the batches that are cut from a data set have equal keys.
         unsupported: why the trace is not to be trusted, or None.
 
     Example:
@@ -86,6 +88,7 @@ class Trace(TorchDispatchMode):
         self.values: dict[int, tuple[Tensor | None, ...]] = {}
         self.reads: list[Read] = []
         self.nbytes: list[int] = []
+        self.origins: list[int] = []
         self.unsupported: str | None = None
         self._numbers: dict[int, int] = {}
         # Weak references: no memory is kept, but no address is used for a second storage either.
@@ -101,10 +104,11 @@ class Trace(TorchDispatchMode):
         while free is not None and self._weak:  # `free` is gone when the interpreter ends
             free(self._weak.pop())
 
-    def _enter(self, storage: torch.UntypedStorage) -> int:
+    def _enter(self, storage: torch.UntypedStorage, origin: int = 0) -> int:
         number = self._numbers[storage._cdata] = len(self.nbytes)
         self._weak.append(storage._weak_ref())  # type: ignore[arg-type]  # torch says object
         self.nbytes.append(storage.nbytes())
+        self.origins.append(origin)
         return number
 
     def ref(self, tensor: Tensor) -> Ref:
@@ -113,7 +117,7 @@ class Trace(TorchDispatchMode):
             storage = tensor.untyped_storage()
             number = self._numbers.get(storage._cdata)
             if number is None:
-                number = self._enter(storage)
+                number = self._enter(storage, int(tensor.storage_offset()))
                 made = self.outside[number] = self._ref(tensor, number)
                 return made
             return self._ref(tensor, number)
@@ -125,13 +129,12 @@ class Trace(TorchDispatchMode):
         self.unsupported = self.unsupported or _not_strided(tensor)
         return Ref(-1, 0, torch.Size(), (), tensor.dtype, False)
 
-    @staticmethod
-    def _ref(tensor: Tensor, number: int) -> Ref:
+    def _ref(self, tensor: Tensor, number: int) -> Ref:
         return _new(
             Ref,
             (
                 number,
-                tensor.storage_offset(),
+                tensor.storage_offset() - self.origins[number],
                 tensor.shape,
                 tensor.stride(),
                 tensor.dtype,
@@ -139,11 +142,18 @@ class Trace(TorchDispatchMode):
             ),
         )
 
+    def begin(self, ref: Ref) -> int:
+        """Where in its storage a tensor begins."""
+        return ref.offset + self.origins[ref.storage]
+
+    def end(self, ref: Ref) -> int:
+        """How far into its storage a tensor reaches."""
+        steps = sum((n - 1) * s for n, s in zip(ref.shape, ref.stride, strict=True))
+        return self.begin(ref) + 1 + steps if ref.numel else 0
+
     def _grow(self, ref: Ref) -> None:
-        number, offset, shape, stride, dtype, _ = ref
-        if shape and 0 not in shape:
-            last = offset + sum((n - 1) * s for n, s in zip(shape, stride, strict=True))
-            self.nbytes[number] = max(self.nbytes[number], (last + 1) * dtype.itemsize)
+        length = self.end(ref) * ref.dtype.itemsize
+        self.nbytes[ref.storage] = max(self.nbytes[ref.storage], length)
 
     def _convert(self, value: Any) -> Any:
         if isinstance(value, Tensor):
@@ -186,7 +196,7 @@ class Trace(TorchDispatchMode):
         if facts.composite:  # in inference mode: the ops that it is made of come here one by one
             with self, _no_functions():
                 return func.decompose(*args, **(kwargs or {}))
-        numbers = self._numbers
+        numbers, origins = self._numbers, self.origins
         taken = []
         for arg in args:
             kind = type(arg)
@@ -200,7 +210,7 @@ class Trace(TorchDispatchMode):
                             Ref,
                             (
                                 number,
-                                arg.storage_offset(),
+                                arg.storage_offset() - origins[number],
                                 arg.shape,
                                 arg.stride(),
                                 arg.dtype,
@@ -238,7 +248,9 @@ class Trace(TorchDispatchMode):
                     number = numbers[storage._cdata] = len(self.nbytes)
                     self._weak.append(storage._weak_ref())  # type: ignore[arg-type]  # as in `_enter`
                     self.nbytes.append(storage.nbytes())
-                view = (number, made.storage_offset(), made.shape, made.stride(), made.dtype, False)
+                    origins.append(0)
+                offset = made.storage_offset() - origins[number]
+                view = (number, offset, made.shape, made.stride(), made.dtype, False)
                 outputs = (_new(Ref, view),)
             except (RuntimeError, NotImplementedError):
                 outputs = (self._unlike(made),)

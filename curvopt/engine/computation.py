@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from curvopt.axes.cuts import first_cuts
 from curvopt.axes.layout import Layout
 from curvopt.engine.accounts import paths_of
 from curvopt.engine.backward import unspent
@@ -169,7 +170,9 @@ class Computation(Reduction):
             CurvoptError: several samples are one row of a data set.
         """
         for storage, places in self._plan.places.items():
-            yield storage, False, places
+            _, begin = self.cuts.get(storage, (0, 0))
+            begin += self.tape.trace.origins[storage]
+            yield storage, False, places + begin
         for draw in self._plan.draws:
             drawn = drawn_by(draw, self.tape.trace)
             if drawn is None:
@@ -224,6 +227,7 @@ class Computation(Reduction):
         if self.record.reentrant:
             raise CurvoptError(REENTRANT)
         try:
+            self.cuts = first_cuts(self.tape.trace)
             self.plan = self.tape.known or plan_of(self.tape, self.loss)
         except Coupled as error:
             if self.record.coupled:

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
+from curvopt.axes.cuts import key_of_ops
 from curvopt.axes.endings import Ending
 from curvopt.axes.layout import Layout
 from curvopt.axes.trace import Trace
@@ -60,7 +61,8 @@ class Plan:
         slow: by number of the parameter, the op that no rule covers.
         updated: numbers of the buffers, in `Record.silent`, that the pass wrote samples to.
         shared: shapes of data that all samples share, and that is no parameter and no buffer.
-        places: by storage of the data that goes through the model, where in it samples begin.
+        places: by storage of the data that goes through the model, where in it samples begin; from
+            the first batch on, if that is cut out of it in the pass.
         draws: how rows of data sets are drawn for the model.
         value_dependent: whether it depends on index values of this very pass.
         reached: numbers of the calls that the loss leads to, values made of parameters left out.
@@ -154,7 +156,7 @@ def key_of(tape: Tape, loss: Tensor) -> Any:
     losses = tuple((loss.name, loss.reduction, loss.mark, loss.value_ref) for loss in record.losses)
     silent = tuple(trace.ref(t).storage for t in [*tape.names, *record.silent])
     settings = tape.batch_size, tape.views
-    return trace.key, trace.ref(loss), settings, calls, losses, silent, len(trace.reads)
+    return key_of_ops(trace), trace.ref(loss), settings, calls, losses, silent, len(trace.reads)
 
 
 def uses_of(plan: Plan, tape: Tape) -> dict[Use, Layout]:

@@ -8,6 +8,7 @@ from operator import mul
 import torch
 from torch import Tensor
 
+from curvopt.axes.cuts import first_cuts
 from curvopt.axes.endings import Ending, Way, ending, marks_of, ways
 from curvopt.axes.layout import Layout, owned, single
 from curvopt.axes.ops import Op, Ref
@@ -54,6 +55,9 @@ class Planner(Resolver):
         shared = (ref for ref in self.samples.shared if ref.storage not in made)
         plan.shared = [list(ref.shape) for ref in shared]
         plan.places = self.samples.places()
+        for storage, (_, begin) in first_cuts(self.trace).items():
+            if storage in plan.places:
+                plan.places[storage] -= begin
         plan.draws = self._draws()
         plan.value_dependent = self.value_dependent
         return plan

@@ -80,6 +80,37 @@ def test_key_is_of_code_not_of_values():
     assert key(lambda: X * 2) == key(lambda: Y * 2)
 
 
+def test_key_is_that_of_any_batch_of_a_data_set():
+    """Where it was cut out is no part of the key; how two views lie to each other is."""
+    data = torch.randn(12, 4)
+    parts = [data[start : start + 4] for start in (0, 3, 4, 8)]
+    keys = {key(lambda x=x: (x.view(2, 8) * 2, x[1:].t() + 1)) for x in parts}
+    assert len(keys) == 1
+
+    def moved(x, y):
+        return key(lambda: x[:3] * 2 + y[1:])
+
+    apart = {moved(parts[0], other) for other in (parts[0], parts[1], parts[2], torch.randn(4, 4))}
+    assert len(apart) == 4
+    assert moved(parts[1], parts[0]) not in apart  # which begins before the first one
+    assert moved(parts[0], parts[2]) == moved(parts[2], parts[3])
+
+
+def test_refs_of_a_batch_of_a_data_set():
+    data = torch.randn(12, 4)
+    part, longer, empty = data[4:6], data[2:6], data[:0]
+    with Trace() as trace:
+        y = part * 2
+        longer + 1
+        data.double()
+    at, before, whole = (ref for op in trace.ops for ref in op.inputs)
+    assert [at.offset, before.offset, whole.offset] == [0, -8, -16]
+    assert [trace.begin(ref) for ref in (at, before, whole)] == [16, 8, 0]
+    assert [trace.end(ref) for ref in (at, before, whole)] == [24, 24, 48]
+    assert trace.begin(trace.ref(y)) == 0
+    assert trace.end(trace.ref(empty)) == 0
+
+
 def test_index_values_are_no_part_of_the_key_but_kept():
     def indexed(i):
         with Trace() as trace:

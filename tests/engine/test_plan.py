@@ -7,9 +7,11 @@ import torch
 
 import curvopt
 from curvopt.axes.samples import Samples
+from curvopt.engine import plan as plans
 from curvopt.engine.planner import Planner
 from curvopt.errors import CurvoptError
 from tests.cases import CASES
+from tests.oracles import assert_close
 from tests.zoo import hugging_face, plain
 from tests.zoo.test_zoo import problem
 
@@ -95,3 +97,87 @@ def test_in_place(n, monkeypatch):
         lambda: torch.nn.functional.cross_entropy(model(x), y),
         monkeypatch,
     )
+
+
+DATA, MORE, CLASSES = torch.randn(24, 3), torch.randn(24, 3), torch.randint(2, (24,))
+STACKED = torch.randn(6, 4, 3, dtype=torch.float64)
+CUT = {
+    "slices": lambda i, model: model(DATA[i : i + 4]),
+    "from behind": lambda i, model: model(DATA[i - 24 : i - 20]),
+}
+
+
+def loss_of(outputs, classes):
+    return torch.nn.functional.cross_entropy(outputs, classes)
+
+
+@pytest.fixture
+def made(monkeypatch):
+    """How many plans were made."""
+    plans._PLANS.clear()
+    found, make = [], Planner.make
+
+    def counted(planner):
+        found.append(planner)
+        return make(planner)
+
+    monkeypatch.setattr(Planner, "make", counted)
+    return found
+
+
+@pytest.mark.parametrize("name", ["slices", "from behind"])
+def test_batches_that_are_cut_out_of_a_data_set_have_one_plan(name, made):
+    model = torch.nn.Linear(3, 2)
+    for start in (4, 8, 12, 5, 16):
+        result = curvopt.compute(
+            lambda i=start: loss_of(CUT[name](i, model), CLASSES[i : i + 4]),
+            model.parameters(),
+            curvopt.BatchGrad(),
+        )
+        for n, i in enumerate(range(start, start + 4)):
+            loss = loss_of(model(DATA[i]), CLASSES[i])
+            wanted = torch.autograd.grad(loss, model.weight)[0]
+            assert_close(result.batch_grad[model.weight][n], wanted, 1e-12)
+    assert len(made) == 1
+
+
+def test_one_batch_of_several_has_one_plan(made):
+    model = torch.nn.Linear(3, 2).double()
+    with pytest.raises(CurvoptError, match="4 samples, the rows of .*batch_size=1 or batch_size=4"):
+        curvopt.compute(
+            lambda: model(STACKED[1]).square().sum(1).mean(),
+            model.parameters(),
+            curvopt.Variance(),
+        )
+    made.clear()
+    for x in range(1, 6):
+        loss = curvopt.compute(
+            lambda x=x: model(STACKED[x]).square().sum(1).mean(),
+            model.parameters(),
+            curvopt.Variance(),
+            batch_size=4,
+        )
+        rows = [torch.autograd.grad(model(row).square().sum(), model.bias)[0] for row in STACKED[x]]
+        assert_close(loss.variance[model.bias], torch.stack(rows).var(0, unbiased=False), 1e-12)
+    assert len(made) == 1
+
+
+def test_the_plan_of_a_cut_is_not_that_of_another(made):
+    """One that overlaps, one whose classes are those of other rows, one that looks at all data."""
+    model = torch.nn.Linear(3, 2)
+
+    def refused(loss):
+        with pytest.raises(CurvoptError, match="samples are not separate"):
+            curvopt.compute(loss, model.parameters(), curvopt.BatchGrad())
+
+    def gone_over(loss):
+        curvopt.compute(loss, model.parameters(), curvopt.BatchGrad())
+
+    gone_over(lambda: loss_of(model(DATA[8:12]), CLASSES[8:12]))
+    refused(lambda: loss_of(model(DATA[8:12]), CLASSES[9:13]))
+    gone_over(lambda: loss_of(model(DATA[8:12]) * model(MORE[8:12]), CLASSES[8:12]))
+    refused(lambda: loss_of(model(DATA[8:12]) * model(MORE[10:14]), CLASSES[8:12]))
+    gone_over(lambda: loss_of(model(DATA[8:12]) + MORE.split(4)[2][:, :2], CLASSES[8:12]))
+    refused(lambda: loss_of(model(DATA[12:16]) + MORE.split(4)[2][:, :2], CLASSES[12:16]))
+    for i in (8, 12):
+        refused(lambda i=i: loss_of(model(DATA[i : i + 4] - DATA.mean(0)), CLASSES[i : i + 4]))

@@ -601,12 +601,14 @@ AGAIN = {
     "batch": [rows(slice(0, 4)), rows(slice(0, 4))],
     "moved": [rows(slice(0, 4)), lambda: (SET[:4] + 0.1, CLASSES[:4])],
     "overlapping": [rows(slice(0, 4)), rows(slice(3, 6))],
+    "overlapping-before": [rows(slice(8, 12)), rows(slice(3, 9))],
     "one": [rows(slice(2, 3)), rows(slice(2, 3))],
     "drawn": [rows(indices(1, 2, 3)), rows(indices(4, 2))],
     "drawn-from-behind": [rows(indices(1, 49)), rows(indices(4, -1))],
 }
 ONCE = {
     "slices": [rows(slice(0, 4)), rows(slice(4, 6))],
+    "slices-before": [rows(slice(8, 12)), rows(slice(3, 8))],
     "ones": [rows(slice(2, 3)), rows(slice(3, 4))],
     "drawn": [rows(indices(1, 2, 3)), rows(indices(4, 5))],
     "buffer": filled(0, 2),
