@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Container, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor
@@ -40,14 +40,14 @@ class Step:
         op: the op.
         at: the operand on the way.
         others: operands that need no gradient.
-        numbers: numbers that the value is multiplied or divided by.
+        numbers: which arguments of the op are numbers that the value is multiplied or divided by.
     """
 
     index: int
     op: Op
     at: Ref
     others: list[Ref] = field(default_factory=list)
-    numbers: list[float] = field(default_factory=list)
+    numbers: list[int] = field(default_factory=list)
 
 
 @dataclass
@@ -101,11 +101,7 @@ def ways(trace: Trace, loss: Ref, stops: Container[int], before: int | None = No
             step = Step(index, op, at)
             if name in _SCALING:
                 step.others = [r for r in ins if not r.requires_grad]
-                step.numbers = [
-                    float(a)
-                    for a in op.args
-                    if isinstance(a, (int, float)) and not isinstance(a, bool)
-                ]
+                step.numbers = [k for k, a in enumerate(op.args) if _is_number(a)]
             stack.append((at, index, [*steps, step]))
     return found
 
@@ -134,6 +130,7 @@ class Ending:
         crosses: whether samples are joined on the way.
         summed: whether they are added.
         numbers: numbers that a sum was multiplied or divided by.
+        places: which arguments of which ops are further ones.
         scaled: why a scale of a sum is not known: a tensor that holds no samples.
         open: why only the user can say what a sample's own loss is; empty if it is known.
     """
@@ -142,8 +139,14 @@ class Ending:
     crosses: bool = False
     summed: bool = False
     numbers: list[float] = field(default_factory=list)
+    places: list[tuple[int, int]] = field(default_factory=list)
     scaled: str = ""
     open: str = ""
+
+    def of(self, trace: Trace) -> Ending:
+        """With the numbers of a pass."""
+        numbers = [float(trace.ops[k].args[at]) for k, at in self.places]
+        return replace(self, numbers=[*self.numbers, *numbers], places=[])
 
 
 def ending(
@@ -183,7 +186,7 @@ def ending(
                     result.numbers.append(number)
                 elif other.numel == 1 and name in ("mul", "div"):
                     result.scaled = "it is a sum scaled by a tensor, which may be a count"
-        result.numbers += step.numbers
+        result.places += [(step.index, at) for at in step.numbers]
     return result
 
 
@@ -243,7 +246,7 @@ def filled_with(trace: Trace, index: int, ref: Ref) -> float | None:
     op = None if made is None else trace.ops[made]
     if op is None or op.name not in ("full", "full_like", "new_full", "fill", "scalar_tensor"):
         return None
-    numbers = [a for a in op.args if isinstance(a, int | float) and not isinstance(a, bool)]
+    numbers = [a for a in op.args if _is_number(a)]
     return float(numbers[-1]) if numbers else None
 
 
@@ -260,7 +263,11 @@ def marks_of(found: Iterable[Way]) -> list[tuple[int, Ref]]:
 def read_numbers(trace: Trace) -> list[float]:
     """Numbers of the batch that Python has read."""
     values: list[Any] = [read[-1] for read in trace.reads]
-    return [float(v) for v in values if isinstance(v, (int, float)) and not isinstance(v, bool)]
+    return [float(v) for v in values if _is_number(v)]
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 __all__ = ["Ending", "Step", "Way", "ending", "marks_of", "read_numbers", "suspicious", "ways"]

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from curvopt.axes.cuts import first_cuts
+from curvopt.axes.keys import first_cuts
 from curvopt.axes.layout import Layout
 from curvopt.engine.accounts import paths_of
 from curvopt.engine.backward import unspent

@@ -10,8 +10,8 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from curvopt.axes.cuts import key_of_ops
 from curvopt.axes.endings import Ending
+from curvopt.axes.keys import key_of_ops
 from curvopt.axes.layout import Layout
 from curvopt.axes.trace import Trace
 from curvopt.axes.wiring import steps_of

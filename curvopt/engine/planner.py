@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import accumulate
 from operator import mul
 
 import torch
 from torch import Tensor
 
-from curvopt.axes.cuts import first_cuts
 from curvopt.axes.endings import Ending, Way, ending, marks_of, ways
+from curvopt.axes.keys import first_cuts
 from curvopt.axes.layout import Layout, owned, single
 from curvopt.axes.ops import Op, Ref
 from curvopt.axes.wiring import steps_of
@@ -211,7 +212,10 @@ def plan_of(tape: Tape, loss: Tensor, output: Tensor | None = None) -> Plan:
     if tape.trace.unsupported:  # what the pass left may not even have a key
         raise CurvoptError(tape.trace.unsupported)
     key = key_of(tape, loss), None if output is None else tape.trace.ref(output)
-    return made_once(key, lambda: Planner(tape, loss, output).make(), lambda: code_of(tape))
+    plan = made_once(key, lambda: Planner(tape, loss, output).make(), lambda: code_of(tape))
+    if any(end.places for end in plan.endings):
+        plan = replace(plan, endings=[end.of(tape.trace) for end in plan.endings])
+    return plan
 
 
 def _lists(op: Op) -> bool:
@@ -227,6 +231,7 @@ def _one(endings: list[Ending]) -> Ending:
             first.open = first.open or "it enters the loss in several ways"
         first.open = first.open or other.open
         first.numbers += other.numbers
+        first.places += other.places
         first.scaled = first.scaled or other.scaled
         first.summed = first.summed or other.summed
     return first

@@ -181,3 +181,68 @@ def test_the_plan_of_a_cut_is_not_that_of_another(made):
     refused(lambda: loss_of(model(DATA[12:16]) + MORE.split(4)[2][:, :2], CLASSES[12:16]))
     for i in (8, 12):
         refused(lambda i=i: loss_of(model(DATA[i : i + 4] - DATA.mean(0)), CLASSES[i : i + 4]))
+
+
+@pytest.mark.parametrize("where", ["logits", "term", "rows", "dropout"])
+def test_numbers_of_a_schedule_have_one_plan(where, made):
+    model = torch.nn.Linear(3, 2)
+
+    def loss(c, x, y):
+        outputs = model(x)
+        if where == "logits":
+            return loss_of(outputs / c, y)
+        if where == "term":
+            return loss_of(outputs, y) + c * outputs.logsumexp(1).mean()
+        if where == "rows":
+            return (c * torch.nn.functional.cross_entropy(outputs, y, reduction="none")).mean()
+        return loss_of(torch.nn.functional.dropout(outputs, c, training=c > 1), y)
+
+    for k, c in enumerate((0.5, 0.7, 0.1, 0.9)):
+        part = slice(4 * k, 4 * k + 4)
+        result = curvopt.compute(
+            lambda c=c, part=part: loss(c, DATA[part], CLASSES[part]),
+            model.parameters(),
+            curvopt.BatchGrad(),
+        )
+        for n in range(4):
+            own = loss(c, DATA[part][n : n + 1], CLASSES[part][n : n + 1])
+            wanted = torch.autograd.grad(own, model.weight)[0]
+            assert_close(result.batch_grad[model.weight][n], wanted, 1e-6)
+    assert len(made) <= 2  # the first batch begins at zero
+
+
+def test_a_number_that_may_be_a_count_is_asked_about_whatever_came_before(made):
+    model = torch.nn.Linear(3, 2)
+
+    def gone_over(c, reduction=None):
+        def loss():
+            x, y = DATA[4:8], CLASSES[4:8]
+            return c * torch.nn.functional.cross_entropy(model(x), y, reduction="sum")
+
+        return curvopt.compute(loss, model.parameters(), curvopt.BatchGrad(), reduction=reduction)
+
+    for c in (0.5, 0.3):
+        gone_over(c)
+    with pytest.raises(CurvoptError, match=r"sum scaled by 0\.25, which may be a count"):
+        gone_over(0.25)
+    with pytest.raises(CurvoptError, match=r"sum scaled by 4, which may be a count"):
+        gone_over(4.0)
+    gone_over(0.7)
+    rows = gone_over(0.25, reduction="mean").batch_grad[model.bias]
+    wanted = torch.autograd.grad(loss_of(model(DATA[4:5]), CLASSES[4:5]), model.bias)[0]
+    assert_close(rows[0], wanted, 1e-6)
+    assert len(made) == 1
+
+
+def test_a_number_that_python_has_read_is_no_schedule(made):
+    model = torch.nn.Linear(3, 2)
+
+    def loss(y):
+        count = float((y > 0).sum())
+        return torch.nn.functional.cross_entropy(model(DATA[:4]), y, reduction="sum") / count
+
+    for y in ([1, 1, 0, 0], [1, 1, 1, 0]):
+        with pytest.raises(CurvoptError, match="Python read from|may be a count"):
+            curvopt.compute(
+                lambda y=y: loss(torch.tensor(y)), model.parameters(), curvopt.BatchGrad()
+            )

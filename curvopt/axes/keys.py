@@ -1,7 +1,8 @@
-"""Batches that a pass cuts out of a data set by itself, as in ``model(X[i : i + 8])``.
+"""What passes have in common: ops, wherever batches lie and whatever values are scaled by.
 
-Where they were cut out makes no difference to what samples do in the pass: its ops are compared as
-if the first batch that is cut out of a data set were always the same one.
+A pass that cuts its batch out of a data set, as in ``model(X[i : i + 8])``, is compared as if the
+first batch that it cuts out were always the same one. Numbers that values are scaled by, as
+schedules change them at every step, make no difference to what samples do in it.
 """
 
 from __future__ import annotations
@@ -14,6 +15,10 @@ from curvopt.axes.ops import Op, Ref, refs_in
 from curvopt.axes.trace import Key, Trace
 
 CUTS = frozenset({torch.ops.aten.slice.Tensor, torch.ops.aten.select.int})
+# Ops that work element by element, whatever their numbers are.
+SCALING = frozenset(
+    "mul div add sub rsub pow lerp addcmul addcdiv clamp native_dropout bernoulli".split()
+)
 
 
 def first_cuts(trace: Trace) -> dict[int, tuple[int, int]]:
@@ -44,15 +49,25 @@ def first_cuts(trace: Trace) -> dict[int, tuple[int, int]]:
 
 
 def key_of_ops(trace: Trace) -> Any:
-    """`Trace.key`, the same wherever batches begin that are cut out of data sets."""
+    """`Trace.key`, the same for all positions of batches and numbers that values are scaled by.
+
+    Numbers are a part of it where Python has read some of the batch: they may be those.
+    """
+    ops = trace.ops if trace.reads else [_unscaled(op) for op in trace.ops]
     cuts = first_cuts(trace)
     if not cuts:
-        return trace.key
+        return Key(tuple(ops))
     begins = {storage: begin for storage, (_, begin) in cuts.items()}
     rows = [row for row, _ in cuts.values()]
     # What is used together comes from the same rows, or not.
     apart = tuple(row - rows[0] for row in rows)
-    return Key(tuple(_moved(trace, op, begins) for op in trace.ops)), apart
+    return Key(tuple(_moved(trace, op, begins) for op in ops)), apart
+
+
+def _unscaled(op: Op) -> Op:
+    if op.facts.name in SCALING and float in map(type, op.args):
+        return op._replace(args=tuple("number" if type(a) is float else a for a in op.args))
+    return op
 
 
 def _is_whole(trace: Trace, ref: Ref) -> bool:
