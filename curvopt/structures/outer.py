@@ -20,6 +20,9 @@ from curvopt.structures.numerics import (
     widened,
 )
 
+# Tokens of which all pairs are contracted, which is cheaper than rows that are formed.
+PAIRED = 4
+
 
 class Outer(Structure):
     """Rows ``sum_t left[v, n, t] (x) right[n, t]``, the gradient of a matrix that acts on tokens.
@@ -66,12 +69,16 @@ class Outer(Structure):
         return self._contract(left, right)
 
     def sum_of_squares(self) -> Tensor:
-        if self.tokens != 1:
-            return super().sum_of_squares()
-        return self._contract(self._left_energy(), self.right * self.right)
+        if self.tokens == 1:
+            return self._contract(self._left_energy(), self.right * self.right)
+        if self._pairs_up():
+            squares, terms = self._paired()
+            if not (squares < units(squares, SPREAD) * terms).any():
+                return squares
+        return super().sum_of_squares()
 
     def moments(self, scale: float = 1.0) -> tuple[Tensor, Tensor]:
-        if self.tokens != 1 or self.columns != 1:
+        if self.columns != 1 or not (self.tokens == 1 or self._pairs_up()):
             return super().moments(scale)
         scaled = self
         if scale != 1:  # the factor is smaller than the product
@@ -81,6 +88,8 @@ class Outer(Structure):
         return total, scaled.scatter(total)
 
     def scatter(self, total: Tensor) -> Tensor:
+        if self.columns == 1 and self.tokens > 1 and self._pairs_up():
+            return self._paired_scatter(total)
         if self.tokens != 1 or self.columns != 1:
             return super().scatter(total)
         scatter, share = self.sum_of_squares(), 1 / max(1, self.samples)
@@ -100,15 +109,42 @@ class Outer(Structure):
 
     def _spread_again(self, scatter: Tensor, where: Tensor) -> None:
         """Compute some elements of the scatter from their rows' own elements."""
-        left = self.left[0, :, :, 0].permute(1, 2, 0).contiguous()  # [G, O, N]
-        right = self.right[:, :, 0].permute(1, 2, 0).contiguous()
+        left = self.left[0].permute(1, 3, 2, 0).contiguous()  # [G, O, T, N]
+        right = self.right.permute(1, 3, 2, 0).contiguous()
         scatter, where = self._matrix(scatter), self._matrix(where)
-        size = max(1, BLOCK // max(1, self.samples * self.inputs))
+        size = max(1, BLOCK // max(1, self.samples * self.tokens * self.inputs))
         for outputs in where.any(-1).nonzero().split(size):
             index, i = where[outputs[:, 0], outputs[:, 1]].nonzero(as_tuple=True)
             g, o = outputs[index].unbind(1)
-            rows = left[g, o] * right[g, i]
+            rows = (left[g, o] * right[g, i]).sum(1)
             scatter[g, o, i] = (rows - rows.mean(-1, keepdim=True)).square().sum(-1)
+
+    def _pairs_up(self) -> bool:
+        differentiated = self.left.requires_grad or self.right.requires_grad
+        return 1 < self.tokens <= PAIRED and may_look() and not differentiated
+
+    def _paired(self) -> tuple[Tensor, Tensor]:
+        """Elementwise `sum_of_squares` as a sum over pairs of tokens, and how large its terms are.
+
+        ``(sum_t a_t)^2 = sum_t a_t^2 + 2 sum_(s < t) a_s a_t``, of terms below ``T sum_t a_t^2``.
+        """
+        s, t = torch.triu_indices(self.tokens, self.tokens, 1, device=self.left.device)
+        left, right = self.left, self.right
+        own = self._contract(self._left_energy(), right * right)
+        across = (left[..., s, :] * left[..., t, :]).sum(0)
+        across = self._contract(across, right[..., s, :] * right[..., t, :])
+        return own.add(across, alpha=2), own.mul_(self.tokens)
+
+    def _paired_scatter(self, total: Tensor) -> Tensor:
+        scatter, terms = self._paired()
+        scatter.addcmul_(total, total, value=-1 / max(1, self.samples))
+        doubt = scatter < units(total, SPREAD) * terms
+        number = int(doubt.sum())
+        if number > doubt.numel() // 8:
+            return super().moments()[1]
+        if number:
+            self._spread_again(scatter, doubt)
+        return scatter
 
     def batch_sum_of_squares(self) -> Tensor:
         if self.tokens != 1:
