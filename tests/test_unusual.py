@@ -94,6 +94,31 @@ def test_several_uses(name):
     check(problem(SEVERAL[name]))
 
 
+ZEROS = {
+    "zeros": lambda x: torch.zeros(x.shape, dtype=x.dtype),
+    "zeros_like": torch.zeros_like,
+    "new_zeros": lambda x: x.new_zeros(x.shape),
+    "full": lambda x: torch.full_like(x, 0.5),
+}
+
+
+@pytest.mark.parametrize("n", [1, 4, 5])
+@pytest.mark.parametrize("start", ZEROS)
+@pytest.mark.parametrize("maps", [False, True], ids=["vectors", "maps"])
+def test_hidden_states_that_begin_with_zeros(start, n, maps):
+    """Their first layer sees no data, but its outputs are the samples': as many as it has."""
+
+    def forward(self, x):
+        hidden = ZEROS[start](x)
+        for _ in range(3):
+            hidden = torch.tanh(self.hidden(hidden) + self.data(x))
+        return self.head(hidden).flatten(1)
+
+    layer = (lambda: nn.Conv1d(4, 4, 3, padding=1)) if maps else (lambda: nn.Linear(4, 4))
+    model = Forward(forward, hidden=layer(), data=layer(), head=layer())
+    check(problem(model, (4, 4) if maps else (4,), n=n))
+
+
 # Derived parameters.
 
 

@@ -228,6 +228,10 @@ class Resolver:
         return list(derived), uses, own, slow
 
 
+# Ops whose outputs have the data's axes in front, and parameters' behind.
+LAYERS = frozenset("linear conv1d conv2d conv3d".split())
+
+
 def made_by(trace: Any, at: Mark) -> int | None:
     """Number of the op that made what is at a mark, None for what no op made."""
     return source(trace, at[1], at[0])
@@ -235,6 +239,9 @@ def made_by(trace: Any, at: Mark) -> int | None:
 
 def _grew(call: Call, dim: int) -> bool:
     """Whether an axis of the output is none that a tracked argument has."""
+    weight = call.inputs.get("weight")
+    if call.op in LAYERS and weight is not None:  # behind the axes that the data has in front
+        return dim <= len(call.shape) - weight.tensor.ndim
     behind = len(call.shape) - dim
     return all(
         entry.tensor.ndim < behind or entry.tensor.shape[-behind] != call.shape[dim]
