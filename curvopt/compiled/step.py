@@ -77,6 +77,8 @@ class CompiledStep:
         self._trials: dict[Hashable, Trial] = {}
         self._slower: set[Hashable] = set()
         self._settled: set[Hashable] = set()
+        self._key: Hashable = None
+        self._captured: dict[Hashable, set[int]] = {}
         self._graph: Graph | None = None
         self._mode: Hashable = None
         self._taken = False
@@ -95,6 +97,14 @@ class CompiledStep:
 
     def _note(self, graph: Graph, mode: Hashable) -> None:
         """A graph is about to take a step."""
+        captured = self._captured.setdefault(self._key, set())
+        captured.add(id(graph))  # which Dynamo keeps
+        if len(captured) > self.max_graphs:
+            raise Unsuited(
+                f"the function was captured {len(captured)} times for batches of one shape, as "
+                "something that it depends on changes: give numbers that change from step to step "
+                "(a temperature, a weight that is annealed) as tensors, among its arguments"
+            )
         self._graph, self._mode, self._taken = graph, mode, True
 
     # -- a step -----------------------------------------------------------------------------------
@@ -120,6 +130,7 @@ class CompiledStep:
         times = self._eager_times(key) if self._trials or self._slower else None
         if times is not None:
             return self._timed(times, batch)
+        self._key = key
         try:
             result, took = self._compiled(given)
         except Unsuited as unsuited:
@@ -251,7 +262,8 @@ def compile(
             `DPAdam`; others step eagerly.
         function: of a batch, returns the loss, or ``(loss, output)``. It must be capturable as one
             graph (``torch.compile(..., fullgraph=True)``), and goes neither backward nor steps.
-        max_graphs: how many shapes of batches are compiled; others step eagerly.
+        max_graphs: how many shapes of batches are compiled, and how often the function is captured
+            for one of them; others step eagerly.
         compare: take the first steps of each kind by turns compiled and eagerly, and go on eagerly
             where compiled ones take more than 1.05 times as long. On a CPU alone.
 

@@ -325,6 +325,24 @@ def test_too_many_shapes():
     both.check(compiled=2)
 
 
+def test_a_number_that_changes():
+    """It is a constant of a graph, or as a tensor an argument of one graph for all."""
+
+    def annealed(model, x, y, temperature):
+        return torch.nn.functional.cross_entropy(model(x) / temperature, y)
+
+    rows = [(x, y, 1 / (1 + k)) for k, (x, y) in enumerate(batches(6))]
+    both = Both(network(), ROWS["variance"], annealed, max_graphs=3)
+    with pytest.warns(UserWarning, match="captured 4 times .* give numbers that change"):
+        both.run(rows)
+    both.check(compiled=3)
+
+    both = Both(network(), ROWS["variance"], annealed, max_graphs=3)
+    both.run((x, y, torch.tensor(t, dtype=x.dtype)) for x, y, t in rows)
+    both.check(compiled=5)
+    assert {len(graphs) for graphs in both.step._captured.values()} == {1}
+
+
 def test_optimizers_that_have_no_graph():
     make = type("Own", (curvopt.DPAdam,), {})
     with pytest.warns(UserWarning, match="Own has no step for a graph"):
