@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence, Set
 from itertools import islice, product
 
 import torch
 from torch import Tensor
 
+from curvopt.axes.kept import Kept, kept
 from curvopt.axes.linking import Conflict, Linked, Shared, link
 from curvopt.axes.owners import Replay
 from curvopt.axes.readings import Claims, Entry, Outcome, Reading, Readings, Seeds
@@ -24,10 +26,11 @@ class Choices:
     Args:
         readings: of the pass.
         batch_size: number of samples that the choice is to have, if given.
+        constants: storages of buffers and of parameters without gradients.
     """
 
-    def __init__(self, readings: Readings, batch_size: int | None):
-        self.readings, self.batch_size = readings, batch_size
+    def __init__(self, readings: Readings, batch_size: int | None, constants: Set[int]):
+        self.readings, self.batch_size, self.constants = readings, batch_size, constants
         self.trace, self.frontier = readings.trace, readings.frontier
         self.notes: list[str] = []
         # Entries that reach rows; and those that reach coefficients only.
@@ -162,10 +165,42 @@ class Choices:
         pure = parametric(self.trace, self.readings.silent, self._outside())
         return bool(reading.outcome.replay.owned & pure & self.readings.only)
 
+    def _meets_model(self, outcome: Outcome, seeds: Seeds) -> bool:
+        """Whether samples meet parameters; masks and indices that are no data may be in them."""
+        weights = {
+            self.trace.outside[s].shape for s in self.readings.silent & set(self.trace.outside)
+        }
+        masks = {
+            e.storage
+            for e in self.reaching
+            if (e.ref.ndim > 1 and e.ref.shape in weights) or self._is_index(e)
+        }
+        data = self._outside() - (masks - set(seeds))
+        pure = parametric(self.trace, self.readings.silent, data)
+        return bool(outcome.replay.owned & pure & self.readings.only)
+
     def _fed(self, readings: list[Reading]) -> frozenset[int]:
         """Storages from outside that samples go through the model from."""
         fed = [reading.entry for reading in readings if self._seeds_parameters(reading)]
         return frozenset(s for entry in fed for s in entry.group or (entry.ref.storage,))
+
+    def _look_at_constants(self, linked: Linked) -> None:
+        """Raise where buffers, or parameters without gradients, hold rows of the samples."""
+        if self.constants:
+            seeds, claims = self._seeded(linked, [linked.owners(r) for r in linked.chosen])
+            found = frozenset(kept(self.readings, self.constants, seeds, claims, linked.n))
+            if found:
+                raise Kept(found)
+
+    def _seeded(self, linked: Linked, vectors: Sequence[Tensor]) -> tuple[Seeds, Claims]:
+        """What the readings say together, given the owners along their dims."""
+        seeds: Seeds = {}
+        claims: Claims = {}
+        for reading, owners in zip(linked.chosen, vectors, strict=True):
+            more = reading.entry.seed(self.trace, reading.dim, owners)
+            seeds.update(more[0])
+            claims.update(more[1])
+        return seeds, claims
 
     def _try(self, readings: list[Reading]) -> Linked:
         try:

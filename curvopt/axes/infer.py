@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from curvopt.axes.choices import Choices
+from curvopt.axes.kept import Kept
 from curvopt.axes.lattice import DTYPE, MIXED, NONE
 from curvopt.axes.linking import Linked
 from curvopt.axes.ops import Ref
@@ -16,6 +17,7 @@ from curvopt.axes.pairs import check_pairs
 from curvopt.axes.readings import Claims, Entry, Outcome, Reading, Readings, Seeds, dims_of
 from curvopt.axes.refusals import (
     ambiguous,
+    kept_as_constant,
     no_data,
     not_recorded,
     not_separate,
@@ -29,7 +31,12 @@ from curvopt.errors import CurvoptError
 
 
 def infer(
-    trace: Trace, loss: Tensor | Ref, *, silent: Set[int], batch_size: int | None = None
+    trace: Trace,
+    loss: Tensor | Ref,
+    *,
+    silent: Set[int],
+    constants: Set[int] = frozenset(),
+    batch_size: int | None = None,
 ) -> Samples:
     """Find the samples of a pass.
 
@@ -37,6 +44,8 @@ def infer(
         trace: the recorded pass.
         loss: the loss that was computed in it.
         silent: storages of parameters and buffers: shared by all samples, and rightly so.
+        constants: those of them without gradients. One that has a row for every sample where it
+            meets them is data that is kept there.
         batch_size: number of samples, as a constraint: it chooses among readings and is never
             believed against the data flow.
 
@@ -53,9 +62,17 @@ def infer(
     readings = Readings(trace, found, frozenset(silent))
 
     def again(later: Trace) -> Samples:
-        return infer(later, ref, silent=silent, batch_size=batch_size)
+        return infer(later, ref, silent=silent, constants=constants, batch_size=batch_size)
 
-    return _Search(readings, batch_size, again).run()
+    try:
+        return _Search(readings, batch_size, again, constants).run()
+    except Kept as data:
+        readings = Readings(trace, found, frozenset(silent - data.storages))
+        try:
+            return _Search(readings, batch_size, again).run()
+        except CurvoptError as error:
+            refs = [trace.outside[storage] for storage in data.storages]
+            raise kept_as_constant(error, refs) from error
 
 
 def _many(linked: Linked) -> bool:
@@ -66,9 +83,13 @@ class _Search(Choices):
     """One search for the samples of a pass."""
 
     def __init__(
-        self, readings: Readings, batch_size: int | None, again: Callable[[Trace], Samples]
+        self,
+        readings: Readings,
+        batch_size: int | None,
+        again: Callable[[Trace], Samples],
+        constants: Set[int] = frozenset(),
     ):
-        super().__init__(readings, batch_size)
+        super().__init__(readings, batch_size, constants)
         self.again = again
 
     def run(self) -> Samples:
@@ -86,6 +107,7 @@ class _Search(Choices):
             raise self._refusal()
         self._leave_penalties()
         linked = self._linked()
+        self._look_at_constants(linked)
         if self.batch_size is None:
             self._ask(linked)
         return self._joint(linked)
@@ -236,14 +258,9 @@ class _Search(Choices):
                 )
 
     def _joint(self, linked: Linked) -> Samples:
-        seeds: Seeds = {}
-        claims: Claims = {}
         vectors = self._with_unused(linked)
         check_pairs(linked, vectors, picking(self.trace, self.readings.silent))
-        for reading, owners in zip(linked.chosen, vectors, strict=True):
-            more = reading.entry.seed(self.trace, reading.dim, owners)
-            seeds.update(more[0])
-            claims.update(more[1])
+        seeds, claims = self._seeded(linked, vectors)
         n = max(linked.n, *[int(owners.max()) + 1 for owners in vectors])
         self._seed_by_vectors(seeds, claims, linked)
         sizes = {n, *(reading.size for reading in linked.chosen)}
@@ -291,20 +308,6 @@ class _Search(Choices):
         owned = [owners[owners >= 0] for owners in vectors]
         samples.steady = not self.notes and all(len(o.unique()) == len(o) for o in owned)
         return samples
-
-    def _meets_model(self, outcome: Outcome, seeds: Seeds) -> bool:
-        """Whether samples meet parameters; masks and indices that are no data may be in them."""
-        weights = {
-            self.trace.outside[s].shape for s in self.readings.silent & set(self.trace.outside)
-        }
-        masks = {
-            e.storage
-            for e in self.reaching
-            if (e.ref.ndim > 1 and e.ref.shape in weights) or self._is_index(e)
-        }
-        data = self._outside() - (masks - set(seeds))
-        pure = parametric(self.trace, self.readings.silent, data)
-        return bool(outcome.replay.owned & pure & self.readings.only)
 
     def _with_unused(self, linked: Linked) -> list[Tensor]:
         """Owners along the readings' dims; samples whose rows a mask left out are samples too."""

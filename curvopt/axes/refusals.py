@@ -80,6 +80,16 @@ def rows_shared(reading: Reading, n: int) -> CurvoptError:
     )
 
 
+def kept_as_constant(error: CurvoptError, refs: Sequence[Ref]) -> CurvoptError:
+    """The same error, of samples some of whose data was taken for constants at first."""
+    shapes = ", ".join(_shape(ref.shape) for ref in refs)
+    return type(error)(
+        f"{error}. Data of shape {shapes}, in a buffer or a parameter without gradients, has a row "
+        "for every sample where it meets them, so that it is theirs. If it never changes, what is "
+        "made of all of its rows (a mean, a normalization) can be computed once and registered"
+    )
+
+
 def conflict(error: Conflict) -> CurvoptError:
     """Two readings do not fit together."""
     other = error.others[0]

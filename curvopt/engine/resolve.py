@@ -34,13 +34,15 @@ class Resolver:
         self.tape, self.loss, self.record, self.trace = tape, loss, tape.record, tape.trace
         self.output = output
         self.loss_ref = self.trace.ref(loss if output is None else output)
-        silent = {self.trace.ref(t).storage for t in [*tape.names, *self.record.silent]}
-        silent |= orderings(self.trace)
-        self.silent = silent
+        kept = [*tape.names, *self.record.silent]
+        constants = {self.trace.ref(t).storage for t in kept if not t.requires_grad}
+        silent = {self.trace.ref(t).storage for t in kept if t.requires_grad}
+        constants, silent = constants - silent, silent | constants | orderings(self.trace)
         views, order = tape.views
         size = tape.batch_size and tape.batch_size * views
-        rows = infer(self.trace, self.loss_ref, silent=silent, batch_size=size)
+        rows = infer(self.trace, self.loss_ref, silent=silent, constants=constants, batch_size=size)
         self.samples: Samples = grouped(rows, views, order)
+        self.silent = self.samples.silent
         self.n = self.samples.n
         self.value_dependent = self.samples.value_dependent
         self.claims: dict[Mark, Tensor] = {}

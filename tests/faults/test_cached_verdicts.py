@@ -704,6 +704,42 @@ def filled_before(fill):
     return made(net.parameters(), loss, batch(outlier=50), coupled=True)
 
 
+class Weighed(nn.Module):
+    """Has its batch in itself, and is called with something else beside it."""
+
+    def __init__(self, prepare, parameter):
+        super().__init__()
+        self.linear, self.prepare = nn.Linear(D, C), prepare
+        if parameter:
+            self.x = nn.Parameter(torch.zeros(N, D), requires_grad=False)
+        else:
+            self.register_buffer("x", torch.zeros(N, D))
+
+    def forward(self, mask):
+        return self.linear(self.prepare(self.x) * mask)
+
+
+def weighed(prepare, shape, parameter=False):
+    net = Weighed(prepare, parameter)
+    mask = torch.rand(shape).round() + 0.5
+
+    def loss(x, y, mask):
+        net.x = nn.Parameter(x, requires_grad=False) if parameter else x
+        return ce(20 * net(mask), y)
+
+    coupled = prepare is not same
+    params = net.linear.parameters()
+    return made(params, loss, (*batch(outlier=50 if coupled else 1), mask), coupled=coupled)
+
+
+def same(x):
+    return x
+
+
+def over_the_batch(x):
+    return (x @ x.T).softmax(1) @ x
+
+
 class Handed(nn.Module):
     """Gives its child the batch, in a buffer."""
 
@@ -793,6 +829,15 @@ UNSEEN.add("batch-for-a-buffer-before-the-call", filled_before, lambda net, x: s
 UNSEEN.add("batch-in-a-childs-buffer", handed_to_a_child, lambda net, x: net(x))
 UNSEEN.add("batch-in-a-childs-buffer-by-keyword", handed_to_a_child, lambda net, x: net(x=x))
 UNSEEN.add("batch-in-a-childs-buffer-in-an-object", handed_to_a_child, lambda net, x: net(Held(x)))
+WEIGHED = Family()
+for name, shape in {"features": (D,), "rows": (N, 1), "elements": (N, D)}.items():
+    for parameter in (False, True):
+        place = "frozen-parameter" if parameter else "buffer"
+        UNSEEN.add(f"batch-in-a-{place}-beside-{name}", weighed, normalized, shape, parameter)
+        WEIGHED.add(f"{place}-beside-{name}", weighed, same, shape, parameter)
+UNSEEN.add("softmax-of-a-batch-in-a-buffer", weighed, lambda x: x.softmax(0), (N, 1))
+UNSEEN.add("batch-norm-of-a-batch-in-a-buffer", weighed, batch_norm, (N, 1))
+UNSEEN.add("attention-over-a-batch-in-a-buffer", weighed, over_the_batch, (N, 1))
 UNSEEN.add("items-of-the-batch-as-negatives", two_towers)
 UNSEEN.add("labels-as-columns", by_labels, lambda lp, y: lp[:, y])
 UNSEEN.add("label-of-one-for-all", by_labels, lambda lp, y: lp.index_select(1, y[:1]))
@@ -837,6 +882,51 @@ def test_coupling_that_gradients_cannot_see(situation):
 @UNSEEN.each
 def test_coupling_that_gradients_cannot_see_in_private_steps(situation):
     bounded(situation, match=f"{COUPLED}|topk|coefficient|weights")
+
+
+@WEIGHED.each
+def test_batch_kept_beside_what_the_model_is_called_with(situation):
+    exact(situation)
+
+
+@WEIGHED.each
+def test_batch_kept_beside_what_the_model_is_called_with_in_private_steps(situation):
+    shared = situation.id.endswith("features")  # a mask for all samples is to be a buffer
+    bounded(situation, accepted=not shared, match="all samples share data" if shared else None)
+
+
+class Aligned(nn.Module):
+    """Constants as long as the batch, on other axes than the samples'; its state is theirs."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(D, N), nn.Linear(N, C)
+        self.mix = nn.Parameter(torch.randn(N, N), requires_grad=False)
+        self.norm = nn.BatchNorm1d(N).requires_grad_(False).eval()
+        self.register_buffer("places", torch.randn(N, N))
+        self.register_buffer("order", torch.randperm(N))
+        self.register_buffer("table", torch.randn(N, N))
+
+    def forward(self, x, k):
+        h = self.norm(self.a(x)) @ self.mix + self.places.mean(0)
+        h = h[:, self.order] + (h @ self.places.T).softmax(1) @ self.places.cos()
+        tokens = (h[:, :, None] * self.places + self.table[k][:, None]).tanh()
+        return self.b(tokens.mean(1) + tokens[torch.arange(len(x)), k])
+
+
+@pytest.mark.parametrize("draw", [torch.randperm, lambda n: torch.arange(n).flip(0) // 2])
+def test_constants_as_long_as_the_batch_are_no_data(draw):
+    """A table of which every sample draws another row, too."""
+
+    def build():
+        net, (x, y) = Aligned(), batch()
+        params = [p for p in net.parameters() if p.requires_grad]
+        return made(params, lambda x, k, y: ce(net(x, k), y), (x, draw(N), y))
+
+    family = Family()
+    family.add("aligned", build)
+    exact(family[0])
+    bounded(family[0], accepted=True)
 
 
 # Rows of several lengths, and experts.
