@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,7 +12,9 @@ from torch import Tensor
 from curvopt.engine.terms import upstream
 from curvopt.errors import CurvoptError
 from curvopt.losses import Loss
+from curvopt.recording.hooks import Hooked, HookedNode
 from curvopt.recording.tape import Tape
+from curvopt.recording.uses import ACCUMULATE, Call
 
 
 @dataclass
@@ -21,14 +24,12 @@ class Changes:
     Attributes:
         terms: losses between whose value and the loss, or between whose output and value, they do.
         values: values made of parameters on which they do: ids of those.
-        tensors: whether hooks on any tensor from the losses' outputs on do.
-        modules: whether hooks of modules do, anywhere.
+        below: whether any do, from the losses' outputs on.
     """
 
     terms: list[Loss] = field(default_factory=list)
     values: list[frozenset[int]] = field(default_factory=list)
-    tensors: bool = False
-    modules: bool = False
+    below: bool = False
 
     def check_rows(self, tape: Tape) -> None:
         """Refuse what needs samples' gradients.
@@ -52,18 +53,16 @@ class Changes:
                 "itself (by a mask, say), or ask for the gradient alone"
             )
 
-    def check_curvature(self, *, later: str = "") -> None:
-        """Refuse what is no curvature of the loss.
+    def check_later(self, *, everywhere: bool) -> None:
+        """Refuse products with the curvature that take backward passes later, hooks and all.
 
         Args:
-            later: what later backward passes go through, in which hooks on tensors are not absent:
-                ``"all"``, or ``"values"`` that were made of parameters.
+            everywhere: they start at the losses; else at what parameters were used in.
 
         Raises:
-            CurvoptError: hooks have changed it, or will.
+            CurvoptError: hooks would change them.
         """
-        changed = {"all": self.tensors or bool(self.terms), "values": bool(self.values)}
-        if self.modules or changed.get(later):
+        if self.values or (everywhere and (self.below or self.terms)):
             raise CurvoptError(
                 "a hook changes gradients on their way back through the model, and would change "
                 "the curvature of the loss, which no hook is part of: remove the hook "
@@ -71,10 +70,8 @@ class Changes:
             )
 
 
-def changed_above(tape: Tape, loss: Tensor, terms: Sequence[Loss]) -> tuple[list[Loss], bool]:
+def changed_above(tape: Tape, loss: Tensor, terms: Sequence[Loss]) -> list[Loss]:
     """The terms on whose way from the loss to their output, not on that, a hook changes a gradient.
-
-    Also whether one is a module's.
 
     Args:
         tape: the recording.
@@ -83,14 +80,39 @@ def changed_above(tape: Tape, loss: Tensor, terms: Sequence[Loss]) -> tuple[list
     """
     hooks, trace = tape.record.hooks, tape.trace
     if not hooks:
-        return [], False
+        return []
     with hooks.watched() as changed:
         ups = upstream(loss, list(terms))
-    found, modules = list(terms) if changed else [], None in changed
+    found = list(terms) if changed else []
     for term, up in zip(terms, ups, strict=True):
         with hooks.watched() as changed:
             torch.autograd.grad(term.end, term.output, up, retain_graph=True)
-        place, modules = trace.ref(term.output), modules or None in changed
-        if any(hooked is None or hooked.place != place for hooked in changed):
+        place = trace.ref(term.output)
+        if any(not isinstance(one, Hooked) or one.place != place for one in changed):
             found.append(term)
-    return found, modules
+    return found
+
+
+def sums_changed(
+    tape: Tape, uses: Sequence[Call], changed: Sequence[tuple[Any, HookedNode]]
+) -> list[frozenset[int]]:
+    """Ids of the parameters whose gradients, sums over samples, hooks on nodes change.
+
+    Args:
+        tape: the recording.
+        uses: its calls that are uses: what comes to their outputs holds samples.
+        changed: nodes whose hooks change something.
+    """
+    found = []
+    for call in tape.record.calls if changed else ():
+        own = call.own_nodes()
+        roots = frozenset().union(*(entry.roots for entry in call.inputs.values()))
+        entrances = call.entrances() if call in uses else set()
+        for node, hooked in changed:
+            if node not in own:
+                continue
+            behind = [following for following, _ in node.next_functions]
+            to_sums = any(behind[k] in own or type(behind[k]) is ACCUMULATE for k in hooked.changed)
+            if node not in entrances or (to_sums and not hooked.before):
+                found.append(roots)
+    return found

@@ -14,7 +14,7 @@ from curvopt.axes.keys import first_cuts
 from curvopt.axes.layout import Layout
 from curvopt.engine.accounts import paths_of
 from curvopt.engine.backward import unspent
-from curvopt.engine.changes import Changes, changed_above
+from curvopt.engine.changes import Changes, changed_above, sums_changed
 from curvopt.engine.hessian import Hessian
 from curvopt.engine.hooks import check_backward, passing
 from curvopt.engine.own import kind_of
@@ -30,7 +30,7 @@ from curvopt.losses import Loss
 from curvopt.losses.generic import Closure
 from curvopt.quantities.base import Context, Cotangent, Pass, Quantity
 from curvopt.quantities.first_order import Gradient
-from curvopt.recording.hooks import random_kept
+from curvopt.recording.hooks import Hooked, HookedNode, random_kept
 from curvopt.recording.uses import Call
 from curvopt.structures import Dense, Structure, total
 
@@ -250,6 +250,7 @@ class Computation(Reduction):
             if not by_output:
                 self.term_layouts = [self._output_layout()]
         hooks = self.record.hooks
+        nodes = hooks.look(self.loss) if self.record.hooked else []
         with hooks.absent():
             self.upstream = upstream(self.loss, self.terms)
         self.use_layouts = uses_of(plan, self.tape)
@@ -266,18 +267,19 @@ class Computation(Reduction):
             )
         self.hooked = custom or self.record.hooked
         if self.hooked and self.samples:
-            self._check_hooks()
+            self._check_hooks(nodes)
 
-    def _check_hooks(self) -> None:
+    def _check_hooks(self, nodes: Sequence[tuple[Any, HookedNode]]) -> None:
         tape, grads = self.tape, [grad.detach() for grad in self._gradients()]
         with random_kept(tape.params):  # hooks that draw: as if they had not run
-            above, modules = changed_above(tape, self.loss, self.terms)
+            above = changed_above(tape, self.loss, self.terms)
             changed = check_backward(
                 tape, self.loss, self.terms, self.uses, grads, samples=self.samples
             )
-        tensors = [hooked for hooked in changed if hooked is not None]
-        values = [hooked.roots for hooked in tensors if hooked.roots]
-        self.changes = Changes(above, values, bool(tensors), modules or None in changed)
+        values = [one.roots for one in changed if isinstance(one, Hooked) and one.roots]
+        uses = [use.call for use in self.uses]
+        values += sums_changed(tape, uses, [pair for pair in nodes if pair[1] in changed])
+        self.changes = Changes(above, values, bool(changed))
 
     def _plan_of_output(self, error: CurvoptError) -> Plan:
         """The plan of a loss of which nothing is known but the output that it was made of.
@@ -344,12 +346,11 @@ class Computation(Reduction):
         if kind == "gradient":
             self.changes.check_rows(self.tape)
             return self._made(one, asked, free)
-        self.changes.check_curvature()
         with self.record.hooks.absent():
             results = self._made(one, asked, free)
         parts = [part for part in results.values() if isinstance(part, dict)]
         if any(callable(value) for part in parts for value in part.values()):
-            self.changes.check_curvature(later="all" if kind == "hessian" else "values")
+            self.changes.check_later(everywhere=kind == "hessian")
         return results
 
     def _made(self, one: Pass, asked: list[Quantity], free: bool) -> dict[Quantity, Any]:

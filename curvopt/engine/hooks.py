@@ -23,7 +23,7 @@ from curvopt.axes.wiring import Step
 from curvopt.engine.planner import Planner
 from curvopt.errors import CurvoptError
 from curvopt.losses import Loss
-from curvopt.recording.hooks import Hooked
+from curvopt.recording.hooks import Changing
 from curvopt.recording.tape import Tape
 from curvopt.recording.uses import OwnUse, Use
 
@@ -56,7 +56,7 @@ def check_backward(
     grads: Sequence[Tensor],
     *,
     samples: int,
-) -> list[Hooked | None]:
+) -> list[Changing]:
     """Prove that samples stay apart in the backward pass.
 
     Args:

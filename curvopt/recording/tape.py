@@ -142,7 +142,7 @@ class Tape(Modules, Losses, TorchFunctionMode):
         if func in _PASSIVE:
             result = func(*args, **kwargs) if kwargs else func(*args)
             if func in known.HOOKING and not known.is_torchs(args):
-                self._note_hooks(func, args[0], result)
+                self._note_hooks(func, args[0])
             elif func is Tensor.retain_grad:
                 self.record.hooks.note_retaining(args[0])
             return result
@@ -179,14 +179,12 @@ class Tape(Modules, Losses, TorchFunctionMode):
             self.shared.pop(id(args[0]), None)
         return output
 
-    def _note_hooks(self, func: Function, tensor: Tensor, result: Any) -> None:
+    def _note_hooks(self, func: Function, tensor: Tensor) -> None:
         self.record.hooked = True
         if func is Tensor.register_hook:
             entry = self._entry(tensor)
             roots = frozenset[int]() if entry is None else entry.roots
             self.record.hooks.note(tensor, self.trace.ref(tensor), roots)
-        else:
-            self.record.hooks.note_node(result)
 
     def _note_batch_statistics(self, args: Positional, kwargs: Keywords) -> None:
         arguments = RULES[F.batch_norm].bind(args, kwargs)

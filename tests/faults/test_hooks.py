@@ -1,5 +1,6 @@
 """Hooks where the gradient is no sample's own, and passes of the engine that they must not see."""
 
+import warnings
 import weakref
 
 import pytest
@@ -37,46 +38,70 @@ ABOVE = Family()
 WATCHED = Family()  # by a hook that changes nothing
 
 
-def rows_hooked(hook):
+def on_tensor(tensor, hook):
+    tensor.register_hook(hook)
+
+
+def before_node(tensor, hook):
+    def call(grads):
+        after = hook(grads[0])
+        return None if after is None else (after, *grads[1:])
+
+    tensor.grad_fn.register_prehook(call)
+
+
+def after_node(tensor, hook, only=None):
+    def call(onward, _):
+        chosen = [g is not None and only in (None, k) for k, g in enumerate(onward)]
+        after = [hook(g) if one else g for g, one in zip(onward, chosen, strict=True)]
+        return None if all(g is None for g in after) else tuple(after)
+
+    tensor.grad_fn.register_hook(call)
+
+
+PUT = {"tensor": on_tensor, "before-node": before_node, "after-node": after_node}
+
+
+def rows_hooked(hook, place="tensor"):
     net = network()
 
     def loss(x, y):
         rows = ce(net(x), y, reduction="none")
-        rows.register_hook(hook(rows.detach()))
+        PUT[place](rows, hook(rows.detach()))
         return rows.mean()
 
     return made(net.parameters(), loss, batch(outlier=30))
 
 
-def mean_hooked(hook, follow):
+def mean_hooked(hook, follow, place="tensor"):
     net = network()
 
     def loss(x, y):
         value = ce(net(x), y)
-        value.register_hook(hook(value.detach()))
+        PUT[place](value, hook(value.detach()))
         return follow(value)
 
     return made(net.parameters(), loss, batch())
 
 
-def one_of_two_hooked(hook):
+def one_of_two_hooked(hook, place="tensor"):
     net = network()
 
     def loss(x, y):
         out = net(x)
         value = ce(out, y)
-        value.register_hook(hook(value.detach()))
+        PUT[place](value, hook(value.detach()))
         return value + F.mse_loss(out, torch.zeros_like(out))
 
     return made(net.parameters(), loss, batch())
 
 
-def inside_hooked(hook):
+def inside_hooked(hook, place="tensor"):
     net = network()
 
     def loss(x, y):
         logs = net(x).log_softmax(1)
-        logs.register_hook(hook(logs.detach()))
+        PUT[place](logs, hook(logs.detach()))
         return F.nll_loss(logs, y)
 
     return made(net.parameters(), loss, batch())
@@ -118,6 +143,18 @@ for name, hook in {"look": look, "hand-on": hand_on}.items():
     WATCHED.add(f"inside-{name}", inside_hooked, hook)
 
 
+for place in ("before-node", "after-node"):
+    ABOVE.add(f"rows-double-{place}", rows_hooked, double, place)
+    ABOVE.add(f"mean-double-{place}", mean_hooked, double, lambda value: 0.5 * value, place)
+    ABOVE.add(f"one-of-two-double-{place}", one_of_two_hooked, double, place)
+    WATCHED.add(f"rows-look-{place}", rows_hooked, look, place)
+    WATCHED.add(f"mean-hand-on-{place}", mean_hooked, hand_on, lambda value: value, place)
+    WATCHED.add(f"inside-hand-on-{place}", inside_hooked, hand_on, place)
+ABOVE.add("rows-couple-before-node", rows_hooked, couple, "before-node")
+ABOVE.add("mean-in-place-before-node", mean_hooked, double_in_place, lambda v: v, "before-node")
+ABOVE.add("inside-double-after-node", inside_hooked, double, "after-node")
+
+
 @ABOVE.each
 def test_hooks_above_the_output(situation):
     refused(situation, "a hook between the loss and the input of")
@@ -137,6 +174,16 @@ def test_hooks_above_the_output_in_steps(situation, optimizer):
     same_gradient(situation, optimizer, match)
 
 
+def without_hooks(function):
+    """What a function gives where no hook is put anywhere."""
+    kept = dict(PUT)
+    PUT.update(dict.fromkeys(PUT, lambda *_: None))
+    try:
+        return function()
+    finally:
+        PUT.update(kept)
+
+
 @ABOVE.each
 def test_curvature_is_that_of_the_loss_whatever_is_hooked(situation):
     m = situation.make()
@@ -145,11 +192,9 @@ def test_curvature_is_that_of_the_loss_whatever_is_hooked(situation):
     assert_close(
         found.grad, dict(zip(m.params, backward(m.params, lambda: m.loss(*data)), strict=True))
     )
-    register, torch.Tensor.register_hook = torch.Tensor.register_hook, lambda *_: None
-    try:
-        plain = curvopt.compute(lambda: m.loss(*data), m.params, curvopt.DiagGGNExact())
-    finally:
-        torch.Tensor.register_hook = register
+    plain = without_hooks(
+        lambda: curvopt.compute(lambda: m.loss(*data), m.params, curvopt.DiagGGNExact())
+    )
     for p in m.params:
         assert_close(found.diag_ggn_exact[p], plain.diag_ggn_exact[p], 1e-12)
 
@@ -171,14 +216,14 @@ def test_hooks_that_look_on(situation):
 MADE_OF = Family()
 
 
-def shared_hooked(make, hook):
+def shared_hooked(make, hook, place="tensor"):
     weight = nn.Parameter(torch.randn(D, C))
     mask = (torch.arange(D * C).view(D, C) % 3 > 0).double()
     mask = nn.Parameter(mask, requires_grad=False)
 
     def loss(x, y):
         value = make(weight, mask)
-        value.register_hook(hook)
+        PUT[place](value, hook)
         return ce(x @ value.reshape(C, D).t() if value.shape[0] == C else x @ value, y)
 
     return made([weight], loss, batch(outlier=30))
@@ -193,13 +238,30 @@ MAKES = {
 for name, make in MAKES.items():
     MADE_OF.add(f"{name}-scale", shared_hooked, make, lambda g: 10 * g)
     MADE_OF.add(f"{name}-clamp", shared_hooked, make, lambda g: g.clamp(-0.01, 0.01))
+    for place in ("before-node", "after-node"):
+        MADE_OF.add(f"{name}-{place}", shared_hooked, make, lambda g: 10 * g, place)
+
+
+def weights_hooked(hook):
+    """A hook on the node of a layer, which sees what goes on to its weight and to its input."""
+    net = network()
+
+    def loss(x, y):
+        hidden = net[0](x)
+        after_node(hidden, hook)
+        return ce(net[2](hidden.tanh()), y)
+
+    return made(net.parameters(), loss, batch(outlier=30))
+
+
+MADE_OF.add("weight-of-a-layer", weights_hooked, lambda g: 10 * g)
 
 
 @MADE_OF.each
 def test_hooks_on_values_made_of_parameters(situation):
-    refused(situation, "a hook on a value made of parameter 0")
+    refused(situation, "a hook on a value made of parameter [01]")
     m = situation.make()
-    with pytest.raises(curvopt.CurvoptError, match="a hook on a value made of parameter 0"):
+    with pytest.raises(curvopt.CurvoptError, match="a hook on a value made of parameter [01]"):
         quiet(private(m).step, lambda: m.loss(*m.passes[0].data))
 
 
@@ -210,10 +272,11 @@ def test_hooks_on_values_made_of_parameters_in_steps(situation, optimizer):
     same_gradient(situation, optimizer, match)
 
 
+@pytest.mark.parametrize("place", PUT)
 @pytest.mark.parametrize("name", MAKES)
-def test_a_hook_that_looks_at_a_value_made_of_a_parameter(name):
+def test_a_hook_that_looks_at_a_value_made_of_a_parameter(name, place):
     family = Family()
-    family.add(name, shared_hooked, MAKES[name], lambda g: None)
+    family.add(name, shared_hooked, MAKES[name], lambda g: None, place)
     exact(family[0])
 
 
@@ -235,26 +298,68 @@ CURVATURES = [
 ]
 
 
-def activation_hooked(net, hook):
+def activation_hooked(net, hook, place="tensor"):
     def loss(x, y):
         hidden = net[0](x)
+        active = hidden.tanh()
         if hook is not None:
-            hidden.register_hook(hook)
-        return ce(net[2](hidden.tanh()), y)
+            PUT[place](active if place == "after-node" else hidden, hook)
+        return ce(net[2](active), y)
 
     return loss
+
+
+@pytest.mark.parametrize("place", PUT)
+def test_hooks_on_activations(place):
+    """The rows of the loop, in which the hook is called too."""
+    family = Family()
+
+    def build():
+        net = network()
+        return made(net.parameters(), activation_hooked(net, lambda g: 3 * g, place), batch())
+
+    family.add("tripled", build)
+    exact(family[0])
+    bounded(family[0], accepted=True)
+
+
+@pytest.mark.parametrize("place", PUT)
+def test_hooks_on_activations_that_mix(place):
+    net, (x, y) = network(), batch()
+    loss = activation_hooked(net, lambda g: g - g.mean(0), place)
+    with pytest.raises(curvopt.CurvoptError, match="not separate in the backward pass"):
+        curvopt.compute(lambda: loss(x, y), net.parameters(), curvopt.BatchGrad())
+
+
+def test_a_hook_on_the_node_of_a_layer_that_changes_what_its_input_gets():
+    """The layer's own weight has nothing of it, and those in front of it have all."""
+    family = Family()
+
+    def build():
+        net = network()
+
+        def loss(x, y):
+            out = net(x)
+            after_node(out, lambda g: 3 * g, only=1)  # bias, input, weight
+            return ce(out, y)
+
+        return made(net.parameters(), loss, batch())
+
+    family.add("input-alone", build)
+    exact(family[0])
 
 
 def clamp(g):
     return g.clamp(-0.005, 0.005)
 
 
+@pytest.mark.parametrize("place", PUT)
 @pytest.mark.parametrize("quantity", CURVATURES)
-def test_curvature_does_not_go_through_hooks(quantity):
+def test_curvature_does_not_go_through_hooks(quantity, place):
     net, (x, y), seen = network(), batch(), []
 
     def curvature(hook):
-        loss = activation_hooked(net, hook)
+        loss = activation_hooked(net, hook, place)
         one = quantity()
         return getattr(curvopt.compute(lambda: loss(x, y), net.parameters(), one), one.field)
 
@@ -264,7 +369,8 @@ def test_curvature_does_not_go_through_hooks(quantity):
         assert_close(clamped[p], plain[p], 1e-12)
         assert_close(observed[p], plain[p], 1e-12)
     (gradient,) = grads_of_hidden(net, x, y)
-    assert all(torch.equal(g, gradient) for g in seen)
+    assert place == "after-node" or all(torch.equal(g, gradient) for g in seen)
+    assert seen
 
 
 def grads_of_hidden(net, x, y):
@@ -303,25 +409,79 @@ def test_curvature_steps_with_a_clamp(door, estimator):
     assert_close(curvatures(clamp), curvatures(None), 1e-12)
 
 
-@pytest.mark.parametrize("before", [True, False])
-def test_curvature_does_not_go_through_hooks_of_modules(before):
-    net, (x, y) = network(), batch()
-    if before:
-        net[2].register_full_backward_pre_hook(lambda module, after: tuple(g / 2 for g in after))
-    else:
-        net[2].register_full_backward_hook(lambda m, given, _: tuple(g / 2 for g in given))
-    with pytest.raises(curvopt.CurvoptError, match="a hook changes gradients on their way"):
-        curvopt.compute(lambda: ce(net(x), y), net.parameters(), curvopt.DiagGGNExact())
+def halved(grads):
+    return tuple(None if g is None else g / 2 for g in grads)
 
 
-def test_hooks_of_modules_that_look_on_and_curvature():
-    net, (x, y) = network(), batch()
-    plain = curvopt.compute(lambda: ce(net(x), y), net.parameters(), curvopt.DiagGGNExact())
-    net[2].register_full_backward_pre_hook(lambda module, after: None)
-    net[2].register_full_backward_hook(lambda module, given, after: None)
-    found = curvopt.compute(lambda: ce(net(x), y), net.parameters(), curvopt.DiagGGNExact())
+def module_hooked(net, kind):
+    if kind == "before":
+        return net[2].register_full_backward_pre_hook(lambda module, after: halved(after))
+    if kind == "after":
+        return net[2].register_full_backward_hook(lambda module, given, after: halved(given))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return net[1].register_backward_hook(lambda module, given, after: halved(given))
+
+
+KINDS = pytest.mark.parametrize("kind", ["before", "after", "former"])
+
+
+@KINDS
+@pytest.mark.parametrize("quantity", CURVATURES)
+def test_curvature_does_not_go_through_hooks_of_modules(kind, quantity):
+    net, (x, y), one = network(), batch(), quantity()
+    plain = curvopt.compute(lambda: ce(net(x), y), net.parameters(), quantity())
+    module_hooked(net, kind)
+    found = curvopt.compute(lambda: ce(net(x), y), net.parameters(), quantity())
     for p in net.parameters():
-        assert_close(found.diag_ggn_exact[p], plain.diag_ggn_exact[p], 1e-12)
+        assert_close(getattr(found, one.field)[p], getattr(plain, one.field)[p], 1e-12)
+    grads = backward([*net.parameters()], lambda: ce(net(x), y))
+    assert_close(found.grad, dict(zip(net.parameters(), grads, strict=True)), 1e-12)
+    assert not torch.allclose(found.grad[net[0].weight], plain.grad[net[0].weight])
+
+
+@KINDS
+def test_rows_go_through_hooks_of_modules(kind):
+    family = Family()
+
+    def build():
+        net = network()
+        module_hooked(net, kind)
+        return made(net.parameters(), lambda x, y: ce(net(x), y), batch())
+
+    family.add(kind, build)
+    exact(family[0])
+    bounded(family[0], accepted=True)
+    for optimizer in OPTIMIZERS:
+        same_gradient(family[0], optimizer)
+
+
+@KINDS
+def test_products_that_are_made_later_and_hooks_of_modules(kind):
+    net, (x, y) = network(), batch()
+    module_hooked(net, kind)
+    with pytest.raises(curvopt.CurvoptError, match="remove the hook"):
+        curvopt.compute(lambda: ce(net(x), y), net.parameters(), curvopt.BlockHessian())
+
+
+def test_a_hook_of_a_module_that_makes_a_weight():
+    """It is called for every sample's own part, by the slow path."""
+
+    class Scaled(nn.Module):
+        def forward(self, w):
+            return w * 2
+
+    family = Family()
+
+    def build():
+        net = nn.Linear(D, C)
+        torch.nn.utils.parametrize.register_parametrization(net, "weight", Scaled())
+        scaled = net.parametrizations.weight[0]
+        scaled.register_full_backward_hook(lambda module, given, after: halved(given))
+        return made(net.parameters(), lambda x, y: ce(net(x), y), batch())
+
+    family.add("parametrized", build)
+    exact(family[0])
 
 
 # What the engine's own passes leave behind: nothing.
