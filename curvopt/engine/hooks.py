@@ -20,6 +20,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from curvopt.axes.lattice import MIXED, State
 from curvopt.axes.owners import Meeting, Replay
 from curvopt.axes.wiring import Step
+from curvopt.engine.paths import REENTRANT, behind_custom
 from curvopt.engine.planner import Planner
 from curvopt.errors import CurvoptError
 from curvopt.losses import Loss
@@ -71,7 +72,8 @@ def check_backward(
         What is changed by hooks on the way, from the terms' outputs on; None for a module's.
 
     Raises:
-        CurvoptError: they do not, as far as can be seen.
+        CurvoptError: they do not, as far as can be seen; or the backward of a custom function goes
+            backward itself, to parameters that it was not given.
     """
     trace, start = tape.trace, len(tape.trace.ops)
     planner = Planner(tape, loss)
@@ -82,8 +84,12 @@ def check_backward(
         marks[use] = len(trace.ops), trace.ref(grad)
 
     outputs = [term.output for term in terms]
-    with tape.record.hooks.watched() as changed, trace:
-        _caught(outputs, grads, uses, tape.params, False, note)
+    ends = [*map(get_gradient_edge, tape.params), *behind_custom(outputs)]
+    with _inner(outputs, tape.params) as inner, tape.record.hooks.watched() as changed, trace:
+        _caught(outputs, grads, uses, ends, False, note)
+    if inner:
+        names = ", ".join(tape.name(p) for p in inner)
+        raise CurvoptError(f"{names}: {REENTRANT}")
     if samples == 1:
         return changed
     key = (
@@ -126,6 +132,32 @@ def check_backward(
         while len(_CHECKED) > _KEPT:
             _CHECKED.popitem(last=False)
     return changed
+
+
+@contextmanager
+def _inner(outputs: Sequence[Tensor], params: Sequence[Tensor]) -> Iterator[dict[Tensor, None]]:
+    """Find parameters that a backward pass inside of another goes to; nothing stays on them."""
+    found: dict[Tensor, None] = {}
+    task, outer = torch._C._current_graph_task_id, set[int]()
+
+    def note(p: Tensor, grad: Tensor) -> Tensor | None:
+        if not outer or task() in outer:
+            return None
+        found[p] = None
+        return torch.zeros_like(grad)
+
+    kept = [(p, p.grad) for p in params]
+    nodes = [node for output in outputs if (node := output.grad_fn) is not None]
+    handles = [node.register_prehook(lambda _: outer.add(task())) for node in nodes]
+    handles += [p.register_hook(partial(note, p)) for p in params]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
+        for p, grad in kept:
+            if p.grad is not grad:
+                p.grad = grad
 
 
 def _mark(use: Use) -> Any:
@@ -216,7 +248,7 @@ def _caught(
     outputs: Sequence[Tensor],
     cotangents: Sequence[Tensor],
     uses: Sequence[Use],
-    params: Sequence[Tensor],
+    params: Sequence[Tensor] | Sequence[GradientEdge],
     create_graph: bool,
     note: Callable[[Use, Tensor], None] | None = None,
 ) -> dict[Use, Tensor]:

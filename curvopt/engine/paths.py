@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 from torch.autograd.function import BackwardCFunction
+from torch.autograd.graph import GradientEdge
 
 from curvopt.errors import CurvoptError
 from curvopt.recording.uses import ACCUMULATE, Call
@@ -41,6 +42,29 @@ def walk(tensor: Tensor, stops: Container[Any]) -> tuple[list[Any], list[Tensor]
         else:
             stack += behind(node, number) if handed else node.next_functions
     return found, leaves
+
+
+def is_custom(node: Any) -> bool:
+    """Whether a node is of a custom autograd.Function, or calls hooks of modules."""
+    return isinstance(node, BackwardCFunction) and type(node).__name__ not in _TORCHS_OWN
+
+
+def behind_custom(tensors: Iterable[Tensor]) -> list[GradientEdge]:
+    """Where gradients go from nodes of custom functions in the graphs of tensors."""
+    found: dict[tuple[Any, int], GradientEdge] = {}
+    stack = [tensor.grad_fn for tensor in tensors]
+    seen = set()
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        for following, number in node.next_functions:
+            if following is not None:
+                stack.append(following)
+                if is_custom(node):
+                    found[following, number] = GradientEdge(following, number)
+    return list(found.values())
 
 
 def behind(node: Any, number: int) -> Sequence[tuple[Any, int]]:
@@ -116,9 +140,7 @@ def unaccounted(
         node = stack.pop()
         if type(node).__name__ == "CheckpointFunctionBackward":
             raise CurvoptError(REENTRANT)
-        custom = custom or (
-            isinstance(node, BackwardCFunction) and type(node).__name__ not in _TORCHS_OWN
-        )
+        custom = custom or is_custom(node)
         for following, _ in node.next_functions:
             if following is None:
                 continue

@@ -633,6 +633,42 @@ class Recompute(torch.autograd.Function):
         return None, x.grad
 
 
+class Kept(torch.autograd.Function):
+    """Keeps the graph of its forward pass, and goes back over it itself."""
+
+    @staticmethod
+    def forward(ctx, run, x):
+        with torch.enable_grad():
+            ctx.x = x.detach().requires_grad_()
+            ctx.out = run(ctx.x)
+        return ctx.out.detach()
+
+    @staticmethod
+    def backward(ctx, g):
+        torch.autograd.backward(ctx.out, g, retain_graph=True)
+        g, ctx.x.grad = ctx.x.grad, None
+        return None, g
+
+
+class Differentiated(Recompute):
+    """Uses numbers of its weights forward; back, it asks for their gradients and adds them."""
+
+    @staticmethod
+    def forward(ctx, run, x):
+        ctx.run, ctx.x = run, x.detach()
+        return F.linear(x, run[0].weight.data, run[0].bias.detach()).tanh()
+
+    @staticmethod
+    def backward(ctx, g):
+        x, params = ctx.x.requires_grad_(), [*ctx.run.parameters()]
+        with torch.enable_grad():
+            out = ctx.run(x)
+        g, *grads = torch.autograd.grad(out, [x, *params], g)
+        for p, grad in zip(params, grads, strict=True):
+            p.grad = grad if p.grad is None else p.grad + grad
+        return None, g
+
+
 class AppliedLinear(torch.autograd.Function):
     """A linear layer of its own, which is given its weight."""
 
@@ -647,11 +683,13 @@ class AppliedLinear(torch.autograd.Function):
         return g @ w, g.t() @ x
 
 
-def recomputed(middle):
+def recomputed(middle, function=Recompute, shared=False, data=False):
     net, w = network((D, H)), nn.Parameter(torch.randn(C, H))
+    front = (lambda x: x[:, :H].detach().requires_grad_()) if data else net
 
     def loss(x, y):
-        return ce(Recompute.apply(middle, net(x)) @ w.t(), y)
+        h = function.apply(middle, front(x))
+        return ce((middle(h) if shared else h) @ w.t(), y)
 
     return made([*net.parameters(), w, *middle.parameters()], loss, batch(outlier=30))
 
@@ -677,8 +715,24 @@ def home_made_around_a_function():
     return recomputed(WithApplied())
 
 
+HOME_MADE = Family()
+for name, function in {"kept": Kept, "by-numbers": Differentiated}.items():
+    for where, settings in {
+        "": {},
+        "-and-beside": {"shared": True},
+        "-of-data": {"data": True},
+    }.items():
+        HOME_MADE.add(
+            f"home-made-{name}{where}",
+            lambda f=function, s=settings: recomputed(
+                nn.Sequential(nn.Linear(H, H), nn.Tanh()), f, **s
+            ),
+        )
+REENTRANT += HOME_MADE
+
+
 def test_home_made_checkpoints_are_refused():
-    for situation in REENTRANT[-2:]:
+    for situation in [row for row in REENTRANT if row.id.startswith("home-made")]:
         refused(situation, "custom autograd.Function")
 
 
