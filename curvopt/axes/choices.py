@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence, Set
+from functools import cached_property
 from itertools import islice, product
 
 import torch
@@ -37,6 +38,38 @@ class Choices:
         self.reaching: list[Entry] = []
         self.weights: list[Entry] = []
         self.good: dict[Entry, Reading] = {}
+
+    def _is_one(self) -> bool:
+        """Whether every tensor that could hold samples holds one: a size of 1 stands in front."""
+        if self.batch_size == 1 and (self._could_be_one() or self._lies_behind_one()):
+            return True
+        votes = []
+        for entry in (*self.reaching, *self.weights):
+            good = self.good.get(entry)
+            single = 1 in entry.ref.shape
+            if single and (good is None or entry.ref.shape.index(1) < good.dim):
+                votes.append(True)
+            elif good is not None:
+                votes.append(False)
+        return bool(votes) and all(votes)
+
+    def _lies_behind_one(self) -> bool:
+        """Whether all that goes through the model has a size of 1 in front, as a sequence alone."""
+        used = list(filter(self._seeds_parameters, self.good.values()))
+        return bool(used) and all(set(r.entry.ref.shape[: r.dim]) == {1} for r in used)
+
+    def _could_be_one(self) -> bool:
+        """Whether data without a batch axis, said to be one sample, does not look like a batch.
+
+        A tensor that holds no samples along any dim either has a dim of size 1, or no dim of the
+        length that others have samples of.
+        """
+        sizes = {reading.size for reading in self.good.values()}
+        rest = [entry for entry in self.reaching if entry not in self.good]
+        batches = [e for e in rest if sizes & set(e.ref.shape) and 1 not in e.ref.shape]
+        lonely = [e for e in rest if sizes & set(e.ref.shape) and 1 in e.ref.shape]
+        used = any(map(self._seeds_parameters, self.good.values()))
+        return bool(rest) and not batches and (bool(lonely) or not used)
 
     def _leave_penalties(self) -> None:
         """Data that meets parameters element by element is no batch beside that of the model.
@@ -160,10 +193,18 @@ class Choices:
             del self.good[entry]
         return linked
 
+    @cached_property
+    def _pure(self) -> set[int]:
+        """Ops with an input that is made of parameters and buffers alone."""
+        return parametric(self.trace, self.readings.silent, self._outside()) & self.readings.only
+
     def _seeds_parameters(self, reading: Reading) -> bool:
         """Whether samples of a reading meet parameters: its tensor goes through the model."""
-        pure = parametric(self.trace, self.readings.silent, self._outside())
-        return bool(reading.outcome.replay.owned & pure & self.readings.only)
+        return bool(reading.outcome.replay.owned & self._pure)
+
+    def _feeds(self, entry: Entry) -> bool:
+        """Whether a tensor goes through the model."""
+        return bool(self.readings.whole(entry).replay.owned & self._pure)
 
     def _meets_model(self, outcome: Outcome, seeds: Seeds) -> bool:
         """Whether samples meet parameters; masks and indices that are no data may be in them."""

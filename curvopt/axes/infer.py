@@ -14,6 +14,7 @@ from curvopt.axes.linking import Linked
 from curvopt.axes.ops import Ref
 from curvopt.axes.owners import Replay
 from curvopt.axes.pairs import check_pairs
+from curvopt.axes.pieces import Pieces
 from curvopt.axes.readings import Claims, Entry, Outcome, Reading, Readings, Seeds, dims_of
 from curvopt.axes.refusals import (
     ambiguous,
@@ -75,6 +76,11 @@ def infer(
             raise kept_as_constant(error, refs) from error
 
 
+def _could_hold_one(entry: Entry) -> bool:
+    """Whether it may be one sample: it has a size of 1, or is a number."""
+    return 1 in entry.ref.shape or not entry.ref.ndim
+
+
 def _many(linked: Linked) -> bool:
     return all(reading.size > 1 for reading in linked.chosen)
 
@@ -99,11 +105,16 @@ class _Search(Choices):
         if length == 0:
             return self._found(0, {}, {})
         if self._is_one():
-            return self._one()
+            apart = None if self.batch_size == 1 else self._one_by_one()
+            if apart is not None or self.batch_size in (None, 1):
+                return apart or self._one()
         self._complete()
         if not any(reading.outcome.touches for reading in self.good.values()):
             if self.batch_size == 1 and self.reaching:
                 return self._one()
+            apart = self._one_by_one()
+            if apart is not None:
+                return apart
             raise self._refusal()
         self._leave_penalties()
         linked = self._linked()
@@ -127,49 +138,38 @@ class _Search(Choices):
             if reading is not None and (touches or bool((reading.outcome.products >= 0).any())):
                 self.good[entry] = reading
 
-    def _is_one(self) -> bool:
-        """Whether every tensor that could hold samples holds one: a size of 1 stands in front."""
-        votes = []
-        for entry in (*self.reaching, *self.weights):
-            good = self.good.get(entry)
-            single = 1 in entry.ref.shape
-            if single and (good is None or entry.ref.shape.index(1) < good.dim):
-                votes.append(True)
-            elif good is not None:
-                votes.append(False)
-        if self.batch_size == 1 and (self._could_be_one() or self._lies_behind_one()):
-            return True
-        return self.batch_size in (None, 1) and bool(votes) and all(votes)
-
-    def _lies_behind_one(self) -> bool:
-        """Whether all that goes through the model has a size of 1 in front, as a sequence alone."""
-        used = list(filter(self._seeds_parameters, self.good.values()))
-        return bool(used) and all(set(r.entry.ref.shape[: r.dim]) == {1} for r in used)
-
-    def _could_be_one(self) -> bool:
-        """Whether data without a batch axis, said to be one sample, does not look like a batch.
-
-        A tensor that holds no samples along any dim either has a dim of size 1, or no dim of the
-        length that others have samples of.
-        """
-        sizes = {reading.size for reading in self.good.values()}
-        rest = [entry for entry in self.reaching if entry not in self.good]
-        batches = [e for e in rest if sizes & set(e.ref.shape) and 1 not in e.ref.shape]
-        lonely = [e for e in rest if sizes & set(e.ref.shape) and 1 in e.ref.shape]
-        used = any(map(self._seeds_parameters, self.good.values()))
-        return bool(rest) and not batches and (bool(lonely) or not used)
-
     def _one(self) -> Samples:
         seeds: Seeds = {}
         claims: Claims = {}
         for entry in (*self.reaching, *self.weights):
-            if self.batch_size == 1 or 1 in entry.ref.shape or not entry.ref.ndim:
+            if self.batch_size == 1 or _could_hold_one(entry):
                 more = entry.whole()
                 seeds.update(more[0])
                 claims.update(more[1])
         samples = self._judged(self._found(1, seeds, claims))
         readings = [self.readings.read(e, d) for e in self.reaching for d in dims_of(e)[:1]]
         samples.fed = self._fed(readings)
+        return samples
+
+    def _one_by_one(self) -> Samples | None:
+        """Samples in tensors of their own, as a loop over them has them; None if they are not."""
+        pieces = Pieces(self.readings, self.reaching, self._feeds)
+        n = len(pieces.samples)
+        if not n or self.batch_size not in (None, n):
+            return None
+        batches = all(_could_hold_one(e) for piece in pieces.samples for e in piece)
+        sure = (batches or pieces.stacked) and not any(map(_could_hold_one, pieces.common))
+        if not sure and self.batch_size is None:
+            raise ambiguous(
+                f"one sample in {len(self.reaching)} tensors of data",
+                f"{n} samples, whose tensors reach different parts of the loss",
+                (1, n),
+            )
+        seeds, claims = pieces.seeds(self.weights)
+        common = [entry.ref for entry in pieces.common if not self._is_index(entry)]
+        samples = self._judged(self._found(n, seeds, claims, common))
+        fed = filter(self._feeds, (entry for piece in pieces.samples for entry in piece))
+        samples.fed = frozenset(entry.storage for entry in fed if entry.storage is not None)
         return samples
 
     def _complete(self) -> None:

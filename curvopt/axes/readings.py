@@ -60,9 +60,9 @@ class Entry:
         assert self.mark is not None
         return {}, {self.mark: values}
 
-    def whole(self) -> tuple[Seeds, Claims]:
+    def whole(self, owner: int = 0) -> tuple[Seeds, Claims]:
         """One sample in all."""
-        values = constant(self.ref.ndim, 0)
+        values = constant(self.ref.ndim, owner)
         if self.storage is not None:
             return {self.storage: values}, {}
         return {}, {} if self.mark is None else {self.mark: values}

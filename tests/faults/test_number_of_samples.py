@@ -853,6 +853,144 @@ def test_a_last_batch_of_one_whose_label_is_cut_in_the_pass(cut):
     assert sum(float(p.grad.square().sum()) for p in params) ** 0.5 <= CLIP * (1 + 1e-6)
 
 
+# Samples in tensors of their own, one by one.
+
+LOOPS = Family()
+
+
+def one_by_one(losses, give=lambda x: x, join=lambda rows: torch.stack(rows).mean(), **options):
+    """`losses(net, x, y, k)`: of sample k."""
+    net, (xs, ys) = network(), batch()
+    xs, ys = [give(x).clone() for x in xs], [give(y).clone() for y in ys]
+
+    def loss(*data):
+        xs, ys = data[: len(data) // 2], data[len(data) // 2 :]
+        return join([losses(net, x, y, k) for k, (x, y) in enumerate(zip(xs, ys, strict=True))])
+
+    def own(n, *data):
+        return losses(net, data[n], data[len(data) // 2 + n], n)
+
+    def without(n, *data):
+        return tuple(d for k, d in enumerate(data) if k % (len(data) // 2) != n)
+
+    return made(
+        net.parameters(), loss, (*xs, *ys), own=own, without=without,
+        size=lambda *data: len(data) // 2, options=options,
+    )  # fmt: skip
+
+
+def in_front(x):
+    return x[None]
+
+
+def plain(net, x, y, k):
+    return ce(net(x), y)
+
+
+def of_its_own_size(net, x, y, k):
+    return ce(net(x.repeat(1 + int(x[0, 0] > 0), 1)).mean(0, keepdim=True), y)
+
+
+CLASSES = torch.rand(C) + 0.5
+
+LOOPS.add("unbatched", one_by_one, plain)
+LOOPS.add("unbatched-sum", one_by_one, plain, join=lambda rows: torch.stack(rows).sum())
+LOOPS.add(
+    "unbatched-cat", one_by_one, lambda *a: plain(*a)[None], join=lambda r: torch.cat(r).sum()
+)
+LOOPS.add(
+    "unbatched-and-class-weights", one_by_one,
+    lambda net, x, y, k: F.cross_entropy(net(x) * CLASSES, y),
+)  # fmt: skip
+LOOPS.add("batches-of-one", one_by_one, plain, in_front)
+LOOPS.add("batches-of-one-added", one_by_one, plain, in_front, sum)
+LOOPS.add(
+    "batches-of-one-mean", one_by_one, plain, in_front, lambda rows: sum(rows) / len(rows),
+    reduction="mean",
+)  # fmt: skip
+LOOPS.add("of-their-own-sizes", one_by_one, of_its_own_size, in_front)
+
+
+@LOOPS.each
+def test_samples_one_by_one(situation):
+    exact(situation)
+
+
+@LOOPS.each
+def test_samples_one_by_one_in_private_steps(situation):
+    bounded(situation)
+
+
+def test_samples_one_by_one_with_weights_of_their_own():
+    def build():
+        weights = [torch.rand(1) for _ in range(N)]
+        return one_by_one(lambda net, x, y, k: weights[k].squeeze() * ce(net(x), y), in_front)
+
+    family = Family()
+    family.add("weighed", build)
+    exact(family[0])
+
+
+@pytest.mark.parametrize("give", [lambda x: x, in_front])
+def test_samples_one_by_one_with_a_constant_that_could_be_one(give):
+    """A constant that all of them meet may as well be what makes them one sample."""
+    mean = torch.randn(1, D)
+
+    def shifted(net, x, y, k):
+        return ce(net(x - mean), y[None] if give is not in_front else y)
+
+    def build(join=lambda rows: torch.stack(rows).mean(), **options):
+        return one_by_one(shifted, give, join, **options)
+
+    family = Family()
+    family.add("with-batch-size", build, batch_size=N)
+    exact(family[0])
+    m = build(join=sum)
+    must_refuse(m, m.passes[0].data, rf"batch_size=1 or batch_size={N}")
+    m = build(batch_size=1)
+    params = list(m.params)
+    grads = torch.autograd.grad(m.loss(*m.passes[0].data), params)
+    found = curvopt.compute(
+        lambda: m.loss(*m.passes[0].data), params, curvopt.BatchGrad(), batch_size=1
+    )
+    assert_close(found.batch_grad, {p: g[None] for p, g in zip(params, grads, strict=True)})
+
+
+@pytest.mark.parametrize("give", [lambda x: x, in_front])
+def test_one_sample_of_two_tasks_is_one(give):
+    """Its data is what both losses share; without a size of 1 in front it may be asked."""
+    net, (x, y) = network(), batch(2)
+    params, x, first, second = list(net.parameters()), give(x[0]), give(y[0]), give(y[1])
+
+    def loss():
+        out = net(x)
+        return torch.stack([ce(out, first), ce(2 * out, second)]).sum()
+
+    settings = {"batch_size": 1} if give is not in_front else {}
+    found = curvopt.compute(loss, params, curvopt.BatchGrad(), **settings)
+    grads = torch.autograd.grad(loss(), params)
+    assert_close(found.batch_grad, {p: g[None] for p, g in zip(params, grads, strict=True)})
+
+
+def test_labeled_and_unlabeled_data_of_one_sample_each():
+    """As 8 and 16 of them are 24 samples, 1 and 1 are 2."""
+
+    def build():
+        net, (x, y), (other, _) = network(), batch(1), batch(1)
+
+        def loss(x, other, y):
+            return ce(net(x), y) + net(other).square().mean()
+
+        def own(n, x, other, y):
+            return net(other).square().mean() if n else ce(net(x), y)
+
+        return made(net.parameters(), loss, (x, other, y), own=own, n=2)
+
+    family = Family()
+    family.add("one-of-each", build)
+    exact(family[0])
+
+
 # Micro-batches.
 
 
