@@ -303,6 +303,38 @@ def test_autocast(where):
             assert_close(value, truth[p].float(), 0.05)
 
 
+@pytest.mark.parametrize("before", ["a measured pass", "a plain pass", "no gradient"])
+def test_a_second_pass_in_one_block_of_autocast(before):
+    """Autocast keeps its copies of the weights, made before recording, until the block ends."""
+    model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3)).double().float()
+    x, y, params = torch.randn(5, 4), torch.randint(3, (5,)), list(model.parameters())
+
+    def measured():
+        quantities = curvopt.BatchGrad(), curvopt.DiagGGNExact()
+        return curvopt.compute(lambda: F.cross_entropy(model(x), y), params, *quantities)
+
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = measured()
+    with torch.autocast("cpu", torch.bfloat16):
+        if before == "a measured pass":
+            measured()
+        with torch.set_grad_enabled(before != "no gradient"):
+            loss = F.cross_entropy(model(x), y)
+        if before == "a plain pass":
+            loss.backward()
+            model.zero_grad()
+        result = measured()
+        for p in params:
+            assert torch.equal(result.batch_grad[p], expected.batch_grad[p])
+            assert torch.equal(result.diag_ggn_exact[p], expected.diag_ggn_exact[p])
+        private = curvopt.DPSGD(
+            params, 0.1, noise_multiplier=0.0, max_grad_norm=0.1, expected_batch_size=5
+        )
+        for _ in range(2):
+            private.step(lambda: F.cross_entropy(model(x), y))
+            assert len(private.norms) == 5
+
+
 def test_dropout_in_training_mode():
     """The masks are those of the forward pass."""
     model = nn.Sequential(nn.Linear(4, 8), nn.Dropout(), nn.ReLU(), nn.Linear(8, 3)).double()

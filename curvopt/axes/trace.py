@@ -63,6 +63,7 @@ class Trace(TorchDispatchMode):
         values: by number of op, clones of its integer and boolean inputs (None for the others), in
             the order of `Op.inputs`, for ops whose owners can depend on them.
         reads: numbers that Python got to see.
+        copies: by number of storage, that of the leaf that it is a copy of, made before the pass.
         nbytes: by number of storage, its length.
         origins: by number of storage, the offset that counts as zero: of the view under which it
             came from outside, so that the batches that are cut from a data set have equal keys.
@@ -87,6 +88,7 @@ class Trace(TorchDispatchMode):
         self.outside: dict[int, Ref] = {}
         self.values: dict[int, tuple[Tensor | None, ...]] = {}
         self.reads: list[Read] = []
+        self.copies: dict[int, int] = {}
         self.nbytes: list[int] = []
         self.origins: list[int] = []
         self.unsupported: str | None = None
@@ -119,10 +121,20 @@ class Trace(TorchDispatchMode):
             if number is None:
                 number = self._enter(storage, int(tensor.storage_offset()))
                 made = self.outside[number] = self._ref(tensor, number)
+                if made.requires_grad and not tensor.is_leaf:
+                    self._note_copy(tensor, number)
                 return made
             return self._ref(tensor, number)
         except (RuntimeError, NotImplementedError):
             return self._unlike(tensor)
+
+    def _note_copy(self, tensor: Tensor, number: int) -> None:
+        """Of a leaf, in another type: autocast made it in an earlier pass, and keeps it."""
+        node: Any = tensor.grad_fn
+        if node.name() == "ToCopyBackward0":
+            leaf = getattr(node.next_functions[0][0], "variable", None)
+            if leaf is not None:
+                self.copies[number] = self.ref(leaf).storage
 
     def _unlike(self, tensor: Tensor) -> Ref:
         """Of a tensor that lies in no storage: the pass goes on, and is not to be trusted."""

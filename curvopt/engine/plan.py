@@ -155,7 +155,7 @@ def key_of(tape: Tape, loss: Tensor) -> Any:
     )
     losses = tuple((loss.name, loss.reduction, loss.mark, loss.value_ref) for loss in record.losses)
     silent = tuple(trace.ref(t).storage for t in [*tape.names, *record.silent])
-    settings = tape.batch_size, tape.views
+    settings = tape.batch_size, tape.views, tuple(trace.copies.items())
     return key_of_ops(trace), trace.ref(loss), settings, calls, losses, silent, len(trace.reads)
 
 

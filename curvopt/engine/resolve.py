@@ -38,6 +38,7 @@ class Resolver:
         constants = {self.trace.ref(t).storage for t in kept if not t.requires_grad}
         silent = {self.trace.ref(t).storage for t in kept if t.requires_grad}
         constants, silent = constants - silent, silent | constants | orderings(self.trace)
+        silent |= {copy for copy, leaf in self.trace.copies.items() if leaf in silent}
         views, order = tape.views
         size = tape.batch_size and tape.batch_size * views
         rows = infer(self.trace, self.loss_ref, silent=silent, constants=constants, batch_size=size)
