@@ -39,6 +39,21 @@ class Choices:
         self.weights: list[Entry] = []
         self.good: dict[Entry, Reading] = {}
 
+    def _pack(self) -> None:
+        """Read what goes with the rows of packed sequences, token by token, as packed like them."""
+        rows = [r.outcome.links >= 0 for r in self.good.values() if r.entry.packed]
+        for entry, reading in list(self.good.items()) if rows else ():
+            meets = bool((torch.stack(rows).any(0) & (reading.outcome.links >= 0)).any())
+            if entry.packed or not meets:
+                continue
+            options = (r for e in self.readings.packed(entry) for r in self.readings.of(e))
+            packed = next(options, None)
+            if packed is not None:
+                del self.good[entry]
+                self.good[packed.entry] = packed
+                for entries in (self.reaching, self.weights):
+                    entries[:] = [packed.entry if e == entry else e for e in entries]
+
     def _is_one(self) -> bool:
         """Whether every tensor that could hold samples holds one: a size of 1 stands in front."""
         if self.batch_size == 1 and (self._could_be_one() or self._lies_behind_one()):

@@ -128,15 +128,16 @@ class _Search(Choices):
             first = (self.readings.read(entry, dim) for dim in dims_of(entry)[:1])
             touches = any(reading.outcome.touches for reading in first)
             touches = touches or self.readings.whole(entry).touches
-            if touches:
-                self.reaching.append(entry)
-            elif self.readings.whole(entry).touches_coefficients:
-                self.weights.append(entry)
-            else:
+            weighs = not touches and self.readings.whole(entry).touches_coefficients
+            if not (touches or weighs):
                 continue
-            reading = next(self.readings.of(entry), None)
+            entries = (entry, *self.readings.packed(entry))
+            reading = next((r for e in entries for r in self.readings.of(e)), None)
+            entry = entry if reading is None else reading.entry
+            (self.reaching if touches else self.weights).append(entry)
             if reading is not None and (touches or bool((reading.outcome.products >= 0).any())):
                 self.good[entry] = reading
+        self._pack()
 
     def _one(self) -> Samples:
         seeds: Seeds = {}
@@ -277,7 +278,8 @@ class _Search(Choices):
             if self.batch_size == n and 1 in entry.ref.shape:
                 shared.append(entry.ref)
                 continue
-            hit = [d for d in dims_of(entry) if entry.ref.shape[d] in sizes]
+            packed = bool(dims_of(entry)) and any(self.readings.packed(entry))
+            hit = [d for d in dims_of(entry) if entry.ref.shape[d] in sizes or packed]
             outcome = self.readings.read(entry, hit[0]).outcome if n > 1 and hit else None
             # Numbers are data, and so is what looks up parameters (items of a batch); indices of
             # other data are edges, unless a mask is made of them.
@@ -306,7 +308,9 @@ class _Search(Choices):
             if (storage := reading.entry.ref.storage) in self.trace.outside:
                 samples.picked += [(storage, pick) for pick in reading.outcome.replay.picks]
         owned = [owners[owners >= 0] for owners in vectors]
-        samples.steady = not self.notes and all(len(o.unique()) == len(o) for o in owned)
+        packed = any(reading.entry.packed for reading in linked.chosen)
+        unique = all(len(o.unique()) == len(o) for o in owned)
+        samples.steady = unique and not self.notes and not packed
         return samples
 
     def _with_unused(self, linked: Linked) -> list[Tensor]:

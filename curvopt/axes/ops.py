@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -79,6 +80,21 @@ class Read(NamedTuple):
     op: int
     ref: Ref
     value: Any
+
+
+@dataclass
+class Packing:
+    """How packed sequences were packed before the pass began that was given them.
+
+    Attributes:
+        rows: the sample of every row, of each.
+        lengths: storages of how many samples have a row at each time step.
+        orders: storages of how the samples were sorted.
+    """
+
+    rows: list[tuple[int, ...]] = field(default_factory=list)
+    lengths: set[int] = field(default_factory=set)
+    orders: set[int] = field(default_factory=set)
 
 
 def refs_in(value: Any) -> Iterator[Ref]:

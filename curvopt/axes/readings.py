@@ -7,7 +7,7 @@ it is good if no row of the loss is mixed and some row is owned.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
@@ -35,12 +35,14 @@ class Entry:
         storage: from outside, the storage it is seeded on; else None.
         mark: of a second view from outside, or a tensor made in the pass: where it is claimed.
         group: storages that are stacked or concatenated, one sample each.
+        packed: of a packed sequence from outside, the sample of every row.
     """
 
     ref: Ref
     storage: int | None = None
     mark: Mark | None = None
     group: tuple[int, ...] = ()
+    packed: tuple[int, ...] = ()
 
     def seed(self, trace: Trace, dim: int, owners: Tensor | None = None) -> tuple[Seeds, Claims]:
         """Owners along a dim (0, 1, ... unless given), as seeds and claims of a replay."""
@@ -50,6 +52,9 @@ class Entry:
                 storage: constant(trace.outside[storage].ndim, int(each[n]))
                 for n, storage in enumerate(self.group)
             }, {}
+        if self.packed:
+            rows = torch.tensor(self.packed)
+            owners = rows if owners is None else owners[rows]
         values = (
             along(self.ref.shape, dim, owners)
             if self.ref.ndim
@@ -240,6 +245,8 @@ class Reading:
         """The length of the dim."""
         if self.entry.group:
             return len(self.entry.group)
+        if self.entry.packed:
+            return max(self.entry.packed) + 1
         return self.entry.ref.shape[self.dim] if self.entry.ref.ndim else 1
 
     def __str__(self) -> str:
@@ -345,6 +352,12 @@ class Readings:
             ):
                 yield Entry(step.outputs[0], group=storages)
 
+    def packed(self, entry: Entry) -> Iterator[Entry]:
+        """The tensor as the rows of packed sequences that the pass was given."""
+        for rows in dict.fromkeys(self.trace.packing.rows):
+            if entry.storage is not None and entry.ref.shape[:1] == (len(rows),):
+                yield replace(entry, packed=rows)
+
     def whole(self, entry: Entry) -> Outcome:
         """The entry as one sample."""
         key = (entry, None)
@@ -369,6 +382,6 @@ class Readings:
 
 def dims_of(entry: Entry) -> list[int]:
     """Dims that may be those of the samples."""
-    if entry.group:
+    if entry.group or entry.packed:
         return [0]
     return [d for d, n in enumerate(entry.ref.shape) if n > 1]

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-from curvopt.axes.ops import FACTS, Facts, Op, Read, Ref, facts_of, refs_in
+from curvopt.axes.ops import FACTS, Facts, Op, Packing, Read, Ref, facts_of, refs_in
 
 __all__ = ["Facts", "Key", "Op", "Read", "Ref", "Trace", "facts_of"]
 
@@ -64,6 +64,7 @@ class Trace(TorchDispatchMode):
             the order of `Op.inputs`, for ops whose owners can depend on them.
         reads: numbers that Python got to see.
         copies: by number of storage, that of the leaf that it is a copy of, made before the pass.
+        packing: how packed sequences that it was given were packed.
         nbytes: by number of storage, its length.
         origins: by number of storage, the offset that counts as zero: of the view under which it
             came from outside, so that the batches that are cut from a data set have equal keys.
@@ -89,6 +90,7 @@ class Trace(TorchDispatchMode):
         self.values: dict[int, tuple[Tensor | None, ...]] = {}
         self.reads: list[Read] = []
         self.copies: dict[int, int] = {}
+        self.packing = Packing()
         self.nbytes: list[int] = []
         self.origins: list[int] = []
         self.unsupported: str | None = None

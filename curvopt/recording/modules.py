@@ -10,7 +10,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
+from torch.utils._python_dispatch import _disable_current_modes
 
+from curvopt.axes.rules.packed import note_packed
 from curvopt.errors import CurvoptError
 from curvopt.ops.recurrent import remember_order
 from curvopt.ops.registry import MODULE_RULES
@@ -50,6 +53,9 @@ class Modules(Calls):
             self.on_module(module, self)
         if isinstance(module, nn.RNNBase):
             remember_order(module, args)
+            if args and isinstance(args[0], PackedSequence):
+                with _disable_current_modes(), torch._C.DisableTorchFunction():
+                    note_packed(self.trace, *args[0][1:])
         given = (*args, *_keywords().values())
         self.given.update(map(_storage, _within(given)))
         if module is self.outermost or id(module) not in self.within:

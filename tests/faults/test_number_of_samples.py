@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.func import jacrev, vmap
+from torch.nn.utils.rnn import PackedSequence, pack_sequence
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader
 
@@ -988,6 +989,119 @@ def test_labeled_and_unlabeled_data_of_one_sample_each():
 
     family = Family()
     family.add("one-of-each", build)
+    exact(family[0])
+
+
+# Sequences that were packed before the pass began.
+
+PACKED = Family()
+LENGTHS = [2, 5, 1, 4, 4, 5, 3, 1]
+
+
+class Tagger(nn.Module):
+    """A recurrent network on a packed sequence: its last states, or all of them."""
+
+    def __init__(self, kind, embeds, **options):
+        super().__init__()
+        self.embed = nn.Embedding(7, D) if embeds else None
+        self.net = kind(D, H, batch_first=True, **options)
+        self.head = nn.Linear(H * (1 + self.net.bidirectional), C)
+
+    def forward(self, p, every):
+        if self.embed is not None:
+            p = PackedSequence(self.embed(p.data).tanh(), *p[1:])
+        out, last = self.net(p)
+        if every:
+            return self.head(out.data)
+        last = last[0] if isinstance(last, tuple) else last
+        return self.head(torch.cat([*last[-1 - self.net.bidirectional :]], 1))
+
+
+def packed_before(kind, *orders, embeds=False, every=False, ordered=False, **options):
+    net = Tagger(kind, embeds, **options)
+
+    def given(lengths):
+        lengths = sorted(lengths, reverse=True) if ordered else lengths
+        rows = [torch.randint(7, (n,)) if embeds else torch.randn(n, D) for n in lengths]
+        labels = [torch.randint(C, (n,)) if every else torch.randint(C, ()) for n in lengths]
+        return rows, labels
+
+    def packed(rows, labels):
+        y = pack_sequence(labels, ordered).data if every else torch.stack(labels)
+        return pack_sequence(rows, ordered), y, rows, labels
+
+    def loss(p, y, rows, labels):
+        return ce(net(p, every), y, reduction="sum" if every else "mean")
+
+    def alone(n, p, y, rows, labels):
+        return loss(*packed([rows[n]], [labels[n]]))
+
+    def rest(n, p, y, rows, labels):
+        return packed(rows[:n] + rows[n + 1 :], labels[:n] + labels[n + 1 :])
+
+    passes = [packed(*given(lengths)) for lengths in orders]
+    return made(
+        net.parameters(), loss, *passes, own=alone, without=rest,
+        size=lambda p, y, rows, labels: len(rows),
+    )  # fmt: skip
+
+
+ORDERS = LENGTHS, LENGTHS[::-1], [5, 4, 5, 4, 2, 1, 3, 1]
+for kind in (nn.RNN, nn.GRU, nn.LSTM):
+    PACKED.add(kind.__name__, packed_before, kind, *ORDERS)
+PACKED.add("sorted", packed_before, nn.GRU, *ORDERS, ordered=True)
+PACKED.add("both-ways", packed_before, nn.GRU, *ORDERS, bidirectional=True, num_layers=2)
+PACKED.add("embedded", packed_before, nn.GRU, *ORDERS, embeds=True)
+PACKED.add("every-token", packed_before, nn.LSTM, *ORDERS, every=True)
+PACKED.add("every-token-embedded", packed_before, nn.GRU, *ORDERS, every=True, embeds=True)
+PACKED.add("as-many-as-steps", packed_before, nn.GRU, [N, 1, *range(2, N)], [*range(1, N), N])
+
+
+@PACKED.each
+def test_sequences_packed_before(situation):
+    exact(situation)
+
+
+@pytest.mark.parametrize("options", [{}, {"ordered": True}, {"every": True, "embeds": True}])
+def test_sequences_packed_before_in_private_steps(options):
+    family = Family()
+    family.add("packed", packed_before, nn.GRU, [2, 4, 1, 3, 1], **options)
+    bounded(family[0], accepted=True)
+
+
+def test_sequences_packed_before_that_mix():
+    m = packed_before(nn.GRU, LENGTHS)
+    plain = m.loss
+
+    def loss(p, *rest):
+        data = p.data - p.data.mean(0)
+        return plain(PackedSequence(data, *p[1:]), *rest)
+
+    m.loss = loss
+    must_refuse(m, m.passes[0].data, "they meet in mean")
+    must_refuse(m, m.passes[0].data, "they meet in mean", batch_size=N)
+
+
+def test_rows_beside_sequences_that_were_packed_before():
+    """As many rows as the sequences have tokens, of a loss of their own: a sample each."""
+
+    def build():
+        m, total = packed_before(nn.GRU, LENGTHS), sum(LENGTHS)
+        net, z, t = network(), torch.randn(total, D), torch.randint(C, (total,))
+        m.params += net.parameters()
+        of_sequences, alone, size = m.loss, m.own, m.size
+        m.loss = lambda *data: of_sequences(*data) + ce(net(z), t)
+        m.size = lambda *data: size(*data) + total
+
+        def own(n, *data):
+            k = n - len(LENGTHS)
+            return alone(n, *data) if k < 0 else ce(net(z[k : k + 1]), t[k : k + 1])
+
+        m.own = own
+        return m
+
+    family = Family()
+    family.add("beside", build)
     exact(family[0])
 
 

@@ -14,6 +14,8 @@ _ORDERING = frozenset(
     "sort argsort _to_copy detach alias clone view scatter lift_fresh empty_like".split()
 )
 _TAKING = frozenset("index_select index _pack_padded_sequence".split())
+# What says how long sequences are: which have not ended, how many there are.
+_COUNTING = frozenset("select slice lt _local_scalar_dense".split())
 
 
 def _places(lengths: Tensor) -> tuple[Tensor, Tensor]:
@@ -37,19 +39,39 @@ def pack(call: Call) -> Result:
     return [State(squash(rows)), None]
 
 
+def note_packed(trace: Trace, sizes: Tensor, order: Tensor | None, back: Tensor | None) -> None:
+    """Note how a packed sequence is packed, if it was before the pass began.
+
+    Args:
+        trace: the pass.
+        sizes: how many sequences have a row at each time step.
+        order: the sequences from the longest to the shortest one; as they are if None.
+        back: the inverse of the order.
+    """
+    length = trace.ref(sizes).storage
+    orders = {trace.ref(tensor).storage for tensor in (order, back) if tensor is not None}
+    if {length, *orders} <= trace.outside.keys():
+        trace.packing.lengths.add(length)
+        trace.packing.orders |= orders
+        rows = torch.cat([torch.arange(size) for size in sizes.tolist()])
+        rows = rows if order is None else order.cpu()[rows]
+        trace.packing.rows.append(tuple(rows.tolist()))
+
+
 def orderings(trace: Trace) -> set[int]:
     """Storages from outside that say how samples are packed, and nothing else.
 
     Their values are used as they are in this pass, so that they need no owners.
     """
-    given = {
+    given = trace.packing.orders | {
         ref.storage
         for op in trace.ops
         if op.name == "_pack_padded_sequence"
         for ref in op.inputs[1:]
     }
+    lengths = {s for s in trace.packing.lengths if _only_counts(trace, s)}
     if not given:
-        return set()
+        return lengths
     made: dict[int, set[int]] = {}
     for op in trace.ops:
         for ref in (*op.outputs, *op.written):
@@ -60,7 +82,13 @@ def orderings(trace: Trace) -> set[int]:
         if storage not in behind:
             behind.add(storage)
             stack += made.get(storage, ())
-    return {s for s in behind if s in trace.outside and _only_orders(trace, s)}
+    found = {s for s in behind if s in trace.outside and _only_orders(trace, s)}
+    return found | lengths
+
+
+def _only_counts(trace: Trace, storage: int) -> bool:
+    uses = (op for op in trace.ops if any(ref.storage == storage for ref in op.inputs))
+    return all(op.name in _COUNTING for op in uses)
 
 
 def _only_orders(trace: Trace, storage: int) -> bool:
