@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from curvopt.axes.lattice import MIXED, State, along
-from curvopt.axes.ops import INDEXED
+from curvopt.axes.ops import INDEXED, Ref
 from curvopt.axes.owners import Replay
 from curvopt.axes.readings import Claims, Readings, Seeds
 from curvopt.axes.rules import Rule
@@ -75,12 +75,10 @@ class _Hoping(Replay):
             return nothing
         results = super()._apply(step, rule, clear)
         if not any(state is not None for state in theirs):
-            for k, (ref, result) in enumerate(zip(step.outputs, results, strict=True)):
-                if result is not None and _lost(result):  # a norm over all rows, say: row by row
-                    same = (
-                        s for r, s in zip(step.inputs, clear, strict=True) if r.shape == ref.shape
-                    )
-                    results[k] = next((s for s in same if s is not None), None)
+            results = [
+                _in_place(step, ref, clear) if result is not None and _lost(result) else result
+                for ref, result in zip(step.outputs, results, strict=True)
+            ]
         for mine, their in zip(results, made, strict=True):
             if mine is not None and their is not None:
                 self._meet(mine.owners, their.owners)
@@ -95,6 +93,16 @@ class _Hoping(Replay):
         for row, sample in pairs:
             self.over = self.over or self.sample.setdefault(row, sample) != sample
         self.over = self.over or len(set(self.sample.values())) < len(self.sample)
+
+
+def _in_place(step: Step, output: Ref, states: list[State | None]) -> State | None:
+    """Rows of what depends on all rows, where they surely stay in place: of a norm, say.
+
+    They do not in a product, where an axis of the same length takes the place of theirs.
+    """
+    alike = [n for n, ref in enumerate(step.inputs) if ref.ndim >= output.ndim]
+    stays = len(alike) == 1 and step.inputs[alike[0]].shape == output.shape
+    return states[alike[0]] if stays else None
 
 
 def _lost(state: State) -> bool:

@@ -736,10 +736,6 @@ def same(x):
     return x
 
 
-def over_the_batch(x):
-    return (x @ x.T).softmax(1) @ x
-
-
 class Handed(nn.Module):
     """Gives its child the batch, in a buffer."""
 
@@ -837,7 +833,6 @@ for name, shape in {"features": (D,), "rows": (N, 1), "elements": (N, D)}.items(
         WEIGHED.add(f"{place}-beside-{name}", weighed, same, shape, parameter)
 UNSEEN.add("softmax-of-a-batch-in-a-buffer", weighed, lambda x: x.softmax(0), (N, 1))
 UNSEEN.add("batch-norm-of-a-batch-in-a-buffer", weighed, batch_norm, (N, 1))
-UNSEEN.add("attention-over-a-batch-in-a-buffer", weighed, over_the_batch, (N, 1))
 UNSEEN.add("items-of-the-batch-as-negatives", two_towers)
 UNSEEN.add("labels-as-columns", by_labels, lambda lp, y: lp[:, y])
 UNSEEN.add("label-of-one-for-all", by_labels, lambda lp, y: lp.index_select(1, y[:1]))
@@ -927,6 +922,24 @@ def test_constants_as_long_as_the_batch_are_no_data(draw):
     family.add("aligned", build)
     exact(family[0])
     bounded(family[0], accepted=True)
+
+
+@pytest.mark.parametrize("kind", [nn.RNN, nn.GRU, nn.LSTM])
+def test_frozen_weights_as_long_as_the_batch_are_no_data(kind):
+    """At the first step a state that is no sample's meets them, with as many rows as samples."""
+
+    def build():
+        net = nn.ModuleList([kind(N, N, batch_first=True), nn.Linear(N, C)])
+        net[0].requires_grad_(False)
+
+        def loss(x, y):
+            return ce(net[1](net[0](x)[0][:, -1]), y)
+
+        return made(net[1].parameters(), loss, (torch.randn(N, 3, N), torch.arange(N) % C))
+
+    family = Family()
+    family.add("frozen", build)
+    exact(family[0])
 
 
 # Rows of several lengths, and experts.
