@@ -159,8 +159,12 @@ class _Search(Choices):
         if not n or self.batch_size not in (None, n):
             return None
         batches = all(_could_hold_one(e) for piece in pieces.samples for e in piece)
-        sure = (batches or pieces.stacked) and not any(map(_could_hold_one, pieces.common))
-        if not sure and self.batch_size is None:
+        links = [e for e in pieces.common if _could_hold_one(e)]
+        # What links them is the one sample's: its label, or else perhaps a constant.
+        constant = pieces.stacked and any(map(self._feeds, links))
+        if self.batch_size is None and batches and links and not constant:
+            return None
+        if self.batch_size is None and (links or not (batches or pieces.stacked)):
             raise ambiguous(
                 f"one sample in {len(self.reaching)} tensors of data",
                 f"{n} samples, whose tensors reach different parts of the loss",

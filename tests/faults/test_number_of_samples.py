@@ -946,7 +946,7 @@ def test_samples_one_by_one_with_a_constant_that_could_be_one(give):
     family = Family()
     family.add("with-batch-size", build, batch_size=N)
     exact(family[0])
-    m = build(join=sum)
+    m = build()
     must_refuse(m, m.passes[0].data, rf"batch_size=1 or batch_size={N}")
     m = build(batch_size=1)
     params = list(m.params)
@@ -971,6 +971,20 @@ def test_one_sample_of_two_tasks_is_one(give):
     found = curvopt.compute(loss, params, curvopt.BatchGrad(), **settings)
     grads = torch.autograd.grad(loss(), params)
     assert_close(found.batch_grad, {p: g[None] for p, g in zip(params, grads, strict=True)})
+
+
+def test_two_views_of_one_sample_are_one():
+    """Its label, or the time at which both are taken, is what links them."""
+    net, (x, y), (other, _), t = network(), batch(1), batch(1), torch.rand(1)
+    params = list(net.parameters())
+    losses = {
+        "label": lambda: ce(net(x), y) + ce(net(other), y),
+        "time": lambda: ce(net(x * t), y) + net(other * t).square().mean(),
+    }
+    for loss in losses.values():
+        found = curvopt.compute(loss, params, curvopt.BatchGrad())
+        grads = torch.autograd.grad(loss(), params)
+        assert_close(found.batch_grad, {p: g[None] for p, g in zip(params, grads, strict=True)})
 
 
 def test_labeled_and_unlabeled_data_of_one_sample_each():
