@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import sys
 import types
 import warnings
+import weakref
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -16,6 +18,8 @@ from curvopt.compiled.tracing import Unsuited
 
 #: Makes a fast function of a graph of ops and its inputs.
 Compiler = Callable[[Any, list[Any]], Callable[..., Any]]
+# Of functions that were captured.
+_NUMBERS = itertools.count()
 
 
 def inductor(graph: Any, inputs: list[Any]) -> Callable[..., Any]:
@@ -40,16 +44,22 @@ def inductor(graph: Any, inputs: list[Any]) -> Callable[..., Any]:
 
 
 class Capture:
-    """The user's function, captured anew where a guard fails.
+    """The user's function of batches of some shapes, captured anew where a guard fails.
 
     Args:
         function: the user's, of a batch.
         made: makes what runs in the place of a captured graph.
+
+    Attributes:
+        graphs: what was made.
     """
 
     def __init__(self, function: Callable[..., Any], made: Callable[[Any], Callable[..., Any]]):
+        self.made, self.graphs = made, list[Callable[..., Any]]()
+        ref = weakref.ref(self)
+
         def backend(captured: Any, inputs: Any) -> Callable[..., Any]:
-            return made(captured)
+            return _held_by(cast(Capture, ref()), captured)
 
         self._front = torch.compile(_own(function), backend=backend, fullgraph=True, dynamic=False)
         self._patient = False
@@ -60,18 +70,34 @@ class Capture:
         Raises:
             Unsuited: it cannot be captured as one graph.
         """
-        dynamo: Any = sys.modules["torch._dynamo"]
+        exceptions: Any = sys.modules["torch._dynamo"].exc
         try:
             with torch.enable_grad():
                 if not self._patient:
                     return self._front(*batch)
                 with _patience():
                     return self._front(*batch)
-        except dynamo.exc.TorchDynamoException as error:
+        except exceptions.TorchDynamoException as error:
             if not self._patient:  # once more, with what Dynamo leaves out by default
                 self._patient = True
                 return self(*batch)
             raise Unsuited(_said(error)) from error
+        except exceptions.FailOnRecompileLimitHit as error:
+            raise Unsuited(f"the function was captured in {len(self.graphs)} ways") from error
+
+
+def _held_by(capture: Capture, captured: Any) -> Callable[..., Any]:
+    """What runs in the place of a graph, for as long as its capture is there.
+
+    Dynamo keeps backends, and what they gave, for good: optimizers and models would stay with them.
+    """
+    capture.graphs.append(capture.made(captured))
+    ref = weakref.ref(capture.graphs[-1])
+
+    def run(*given: Any) -> Any:
+        return cast(Callable[..., Any], ref())(*given)
+
+    return run
 
 
 def _patience() -> AbstractContextManager[Any]:
@@ -111,6 +137,6 @@ def _own(function: Callable[..., Any]) -> Callable[..., Any]:
     def step(*batch: Any) -> Any:
         return function(*batch)
 
-    code = step.__code__.replace(co_name=f"step_{id(function)}")
+    code = step.__code__.replace(co_name=f"step_{next(_NUMBERS)}")
     made = types.FunctionType(code, step.__globals__, None, None, step.__closure__)
     return made

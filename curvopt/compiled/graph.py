@@ -23,7 +23,9 @@ from curvopt.compiled.tracing import (
     kept_randomness,
     loss_of,
     outline,
+    said,
     share,
+    storage_of,
     without_onednn,
 )
 from curvopt.compiled.updates import Moved, Traced, Update
@@ -71,18 +73,17 @@ class Graph:
         self.reached: tuple[int, ...] = ()
         self.owned: list[int] = []
 
-    def _begin(self, args: Sequence[Any]) -> None:
+    def _begin(self, args: Sequence[Any], own: set[int]) -> None:
         """Learn which arguments are the optimizer's parameters."""
         if any(not isinstance(a, Tensor) for a in args):
             raise Unsuited("the captured function takes numbers that change")
-        own = set(self.owned)
         trained = [(k, a) for k, a in enumerate(args) if a.requires_grad]
         self.params = [(k, a) for k, a in trained if id(a) in own]
         if len(self.params) < len(trained):
             raise Unsuited("a tensor that is not the optimizer's gets a gradient as well")
         # A batch that its model keeps in a buffer is data all the same.
-        rest = {_storage(a) for k, a in enumerate(args) if k in self._data}
-        self._held = [k for k in self._buffers if _storage(args[k]) not in rest]
+        rest = {storage_of(a) for k, a in enumerate(args) if k in self._data}
+        self._held = [k for k in self._buffers if storage_of(args[k]) not in rest]
         found = self._gradients([*map(self._copied, enumerate(args))])
         self.reached = tuple(k for k, grad in enumerate(found) if grad is not None)
         self.moving = [self.params[k][1] for k in self.reached]
@@ -97,7 +98,11 @@ class Graph:
     def _gradients(self, call: Sequence[Any]) -> Sequence[Tensor | None]:
         """Gradients of a pass with values."""
         with kept_randomness(call[0].device), torch.enable_grad():
-            loss = loss_of(self.captured(*call))
+            try:
+                outputs = self.captured(*call)
+            except Exception as error:  # of a wrong index, say: an eager step fails as well
+                raise Unsuited(said(error), asked=True) from error
+            loss = loss_of(outputs)
             return torch.autograd.grad(loss, [p for _, p in self.params], allow_unused=True)
 
     def check(self, args: Sequence[Any]) -> list[Tensor]:
@@ -108,9 +113,10 @@ class Graph:
         """
         owned = [id(p) for p in self.update.opt._parameters()]
         if owned != self.owned:  # also when a group was added
-            self.owned = owned
             self.programs.clear()
-            self._begin(args)
+            self.owned.clear()
+            self._begin(args, set(owned))
+            self.owned = owned
         for k, p in self.params:
             if args[k] is not p:
                 raise Unsuited("a parameter of the model was replaced by another tensor")
@@ -129,7 +135,7 @@ class Graph:
         quantities, signs = update.quantities(mode), list[Sign]()
 
         def drawn(like: Tensor, shape: tuple[int, ...], generator: Any) -> Tensor:
-            signs.append(Sign(shape, like.detach().new_empty(()), generator))
+            signs.append(Sign(shape, like.detach().new_empty(())))
             return torch.ones(shape, dtype=like.dtype, device=like.device)
 
         names = {p: name for name, p in opt._named()}
@@ -180,6 +186,7 @@ class Graph:
         kinds = tuple((value.dtype, value.stride()) for value in state)
         key = mode, self._steady(), autocast, kinds
         if key not in self.programs:
+            self._gradients([*map(self._copied, enumerate(args))])  # else it fails for good
             try:
                 self.programs[key] = self._build(args, mode, state)
             except Unsuited as unsuited:
@@ -187,7 +194,7 @@ class Graph:
             except CurvoptError as error:
                 self.programs[key] = Unsuited(str(error), asked=True)
             except Exception as error:  # whatever it is, an eager step does not need the graph
-                self.programs[key] = Unsuited(_said(error))
+                self.programs[key] = Unsuited(said(error))
         found = self.programs[key]
         if isinstance(found, Unsuited):
             raise found
@@ -261,7 +268,8 @@ class Graph:
         if not drawn:  # what has the same shapes will do
             signs = [sign.like.new_ones(sign.shape) for sign in proof.signs]
             return [[*args], state, numbers, signs, update.blanks(params)]
-        signs = [random_signs(sign.like, sign.shape, sign.generator) for sign in proof.signs]
+        generator = update.opt.generator
+        signs = [random_signs(sign.like, sign.shape, generator) for sign in proof.signs]
         return [[*args], state, numbers, signs, update.draw(params)]
 
     def _traced(
@@ -372,8 +380,11 @@ class Graph:
             with torch.no_grad():
                 result = program.run(*inputs)
             failed = bool(result[0])
-        except BaseException:
+        except BaseException as error:
             update.interrupted()
+            if isinstance(error, Exception):  # a wrong index, say: the function's words are clearer
+                with torch.no_grad(), kept_randomness(args[0].device):
+                    self.captured(*map(self._copied, enumerate(args)))
             raise
         if failed:  # eagerly, it says why; or does what a graph cannot
             raise Unsuited
@@ -386,13 +397,3 @@ class Graph:
                 p.grad = p.grad if id(p) in moved else None
         update.done(mode, moving, groups, proof, result[end + len(moving) :])
         return result[1:end]
-
-
-def _said(error: Exception) -> str:
-    """What an error says, in short."""
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0] if lines else 'no more is known'}"
-
-
-def _storage(tensor: Tensor) -> int:
-    return tensor.untyped_storage()._cdata

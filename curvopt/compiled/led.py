@@ -45,8 +45,10 @@ class Led(Update):
         """`NUMBERS` of all parameters, ``[3, P]``, of which their states hold views."""
         states = [self.opt.state[p] for p in params]
         now = [state.get(NUMBERS[-1]) for state in states]
-        known = len(now) == len(self._views)
-        if not known or any(a is not b for a, b in zip(now, self._views, strict=True)):
+        if len(now) != len(self._views) or not all(
+            a is b and (isinstance(a, Tensor) or not _adapts(group))
+            for a, b, group in zip(now, self._views, groups, strict=True)
+        ):
             self._hold(states, groups)
         return self._table
 
@@ -56,7 +58,7 @@ class Led(Update):
         rows = [row.unbind() for row in self._table.unbind()]
         views: list[Tensor | None] = []
         for index, (state, group) in enumerate(zip(states, groups, strict=True)):
-            if group["momentum"] and group["adaptation"]:
+            if _adapts(group):
                 state.update({name: row[index] for name, row in zip(NUMBERS, rows, strict=True)})
             views.append(state.get(NUMBERS[-1]))
         self._views = views
@@ -148,6 +150,10 @@ class NewtonMove(LedMove):
 def weight_of(state: dict[str, Any], group: dict[str, Any]) -> float:
     """The weight of all measurements, with one more."""
     return float(1 - group["curvature_decay"] * (1 - state.get("weight", 0.0)))
+
+
+def _adapts(group: dict[str, Any]) -> bool:
+    return bool(group["momentum"] and group["adaptation"])
 
 
 def _inverted(h: Tensor, weight: Tensor, damping: float) -> Tensor:

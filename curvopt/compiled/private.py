@@ -29,6 +29,8 @@ class PrivateUpdate(Update):
     #: Names of a parameter's tensors in the state.
     keys: tuple[str, ...] = ()
     _noise: Sequence[Tensor] = ()
+    #: The parameters that it is for.
+    _kinds: Sequence[Any] = ()
     _sizes: tuple[int, int]
     #: Samples of the batch that count, and a mask of them; None where all do.
     _count: int | None = None
@@ -135,8 +137,9 @@ class PrivateUpdate(Update):
 
     def draw(self, params: Sequence[Tensor]) -> list[Tensor]:
         """The noise over B, by the optimizer's own generators and in its own order."""
-        if len(self._noise) != len(params):
-            self._noise = [*map(zeros_for, params)]
+        kinds = [(p.shape, p.dtype, p.device) for p in params]
+        if kinds != self._kinds:
+            self._kinds, self._noise = kinds, [*map(zeros_for, params)]
         torch._foreach_zero_([*self._noise])
         if self.opt._std:
             of = dict(zip(map(id, params), self._noise, strict=True))

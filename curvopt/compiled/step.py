@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping
+from dataclasses import fields, is_dataclass
+from functools import partial
 from itertools import chain
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
+from torch.utils._pytree import tree_map
 
 from curvopt.compiled.capture import Capture, Compiler, inductor
-from curvopt.compiled.graph import Graph
+from curvopt.compiled.graph import CHANGES, Graph
 from curvopt.compiled.newton import NewtonUpdate
 from curvopt.compiled.polar import PolarUpdate
 from curvopt.compiled.private import PrivateAdam, PrivateSGD
@@ -40,6 +43,11 @@ UPDATES: dict[type, type[Update]] = {
 TRIALS = 4
 # A compiled step may take so many eager ones.
 SLOWER = 1.05
+OFTEN = (
+    "the function was captured {} times for batches of one shape, as something that it depends on "
+    "changes (a counter of a module, a weight that is annealed, a list that grows): give numbers "
+    "that change from step to step as tensors, among its arguments"
+)
 
 
 class Trial(NamedTuple):
@@ -78,34 +86,45 @@ class CompiledStep:
         self._slower: set[Hashable] = set()
         self._settled: set[Hashable] = set()
         self._key: Hashable = None
-        self._captured: dict[Hashable, set[int]] = {}
         self._graph: Graph | None = None
         self._mode: Hashable = None
         self._taken = False
         kind = UPDATES.get(type(opt))
         self._update = kind(opt) if kind is not None else None
+        self._compiler = compiler
+        self._captures: dict[Hashable, Capture] = {}
+        self._another: Graph | None = None
+        self._others = 0
         if self._update is None:
             self._say(f"{type(opt).__name__} has no step for a graph")
-        else:
-            self._front = Capture(function, self._make(self._update, compiler))
 
-    def _make(self, update: Update, compiler: Compiler) -> Callable[[Any], Graph]:
-        def make(captured: Any) -> Graph:
-            return Graph(captured, update, compiler, self._note)
+    def _capture(self, key: Hashable) -> Capture:
+        """What captures the function of batches of these shapes."""
+        if key not in self._captures:
+            self._captures[key] = Capture(self.function, partial(self._make, key))
+        return self._captures[key]
 
-        return make
+    def _make(self, key: Hashable, captured: Any) -> Graph:
+        made = Graph(captured, cast(Update, self._update), self._compiler, self._note)
+        if self._captures[key].graphs:
+            self._another = made
+        return made
 
     def _note(self, graph: Graph, mode: Hashable) -> None:
-        """A graph is about to take a step."""
-        captured = self._captured.setdefault(self._key, set())
-        captured.add(id(graph))  # which Dynamo keeps
-        if len(captured) > self.max_graphs:
-            raise Unsuited(
-                f"the function was captured {len(captured)} times for batches of one shape, as "
-                "something that it depends on changes: give numbers that change from step to step "
-                "(a temperature, a weight that is annealed) as tensors, among its arguments"
-            )
+        """A graph is about to take a step.
+
+        Raises:
+            Unsuited: it stands beside others of the same shapes, and is used for the first time.
+        """
         self._graph, self._mode, self._taken = graph, mode, True
+        if graph is not self._another:
+            self._others = 0
+            return
+        self._another = None
+        self._others += 1
+        graphs = len(self._captures[self._key].graphs)
+        often = self._others > CHANGES or graphs > self.max_graphs
+        raise Unsuited(OFTEN.format(graphs) if often else "")
 
     # -- a step -----------------------------------------------------------------------------------
 
@@ -132,7 +151,7 @@ class CompiledStep:
             return self._timed(times, batch)
         self._key = key
         try:
-            result, took = self._compiled(given)
+            result, took = self._compiled(key, given)
         except Unsuited as unsuited:
             self._shapes[key] = not unsuited.lasting
             if not unsuited.asked:
@@ -161,12 +180,9 @@ class CompiledStep:
 
     def _eagerly(self, batch: tuple[Any, ...]) -> Any:
         self.taken["eager"] += 1
-        result = self.opt.step(lambda: self.function(*batch))
-        if isinstance(result, tuple):
-            return tuple(map(_detached, result))
-        return _detached(result)
+        return tree_map(_detached, self.opt.step(lambda: self.function(*batch)))
 
-    def _compiled(self, batch: tuple[Any, ...]) -> tuple[Any, float]:
+    def _compiled(self, key: Hashable, batch: tuple[Any, ...]) -> tuple[Any, float]:
         opt: Any = self.opt
         if opt._watch is not None:  # the function is captured without hooks on its modules
             opt._watch.rest()
@@ -178,7 +194,7 @@ class CompiledStep:
             )
         begun, self._taken = time.perf_counter(), False
         with without_hooks():  # of other optimizers
-            result = self._front(*batch)
+            result = self._capture(key)(*batch)
         if not self._taken:
             raise Unsuited("Dynamo is disabled, or ran the function as it was written", asked=True)
         took = time.perf_counter() - begun
@@ -249,9 +265,10 @@ def compile(
     Dynamo captures the function and guards what it depends on; the engine proves every captured
     graph with the values of a batch, then traces the whole step with tensor-only updates, and
     Inductor compiles that. Batches of new shapes take their first step eagerly and are compiled at
-    their second. A step that cannot be compiled is taken eagerly, with one warning that says why;
-    so is one in which something unusual comes up, such as a loss that is not finite: whatever
-    a step says, it says here too.
+    their second, and so does whatever else a graph depends on: modes, numbers in Python. A step
+    that cannot be compiled is taken eagerly, with one warning that says why; so is one in which
+    something unusual comes up, such as a loss that is not finite: whatever a step says, it says
+    here too.
 
     When not to use it: for a few hundred steps, as compiling a graph takes some ten seconds, a
     minute for a transformer (less when its code is in the disk's cache), and an optimizer that
@@ -306,8 +323,10 @@ def _kind(value: Any) -> Hashable:
         return value.shape, value.dtype, value.device, value.requires_grad
     if isinstance(value, list | tuple):
         return (type(value), *map(_kind, value))
-    if isinstance(value, dict):
+    if isinstance(value, Mapping):
         return (type(value), *((key, _kind(item)) for key, item in value.items()))
+    if is_dataclass(value):
+        return (type(value), *(_kind(getattr(value, field.name)) for field in fields(value)))
     return type(value).__name__
 
 

@@ -31,11 +31,10 @@ class Unsuited(Exception):
 
 
 class Sign(NamedTuple):
-    """Random signs that a pass draws: their shape, and what they are drawn like and by."""
+    """Random signs that a pass draws: their shape, and what they are drawn like."""
 
     shape: tuple[int, ...]
     like: Tensor
-    generator: torch.Generator | None
 
 
 class Proof(NamedTuple):
@@ -198,3 +197,14 @@ def loss_of(outputs: Sequence[Any]) -> Tensor:
     if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
         raise Unsuited("the function returns no loss with a graph")
     return loss
+
+
+def said(error: Exception) -> str:
+    """What an error says, in short."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0] if lines else 'no more is known'}"
+
+
+def storage_of(tensor: Tensor) -> int:
+    """The memory that a tensor is in, as a number."""
+    return tensor.untyped_storage()._cdata

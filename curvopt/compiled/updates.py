@@ -16,8 +16,8 @@ from curvopt.quantities import Quantity
 Write = tuple[Tensor, Tensor]
 Groups = Sequence[dict[str, Any]]
 
-#: Settings of a group that are numbers of each step, or none of a step's business.
-CHANGING = frozenset({"params", "lr", "param_names", "initial_lr", "max_lr", "min_lr", "foreach"})
+#: Settings of a group that are numbers of each step.
+CHANGING = frozenset({"lr"})
 
 
 @dataclass
@@ -95,9 +95,13 @@ class Update(ABC):
         """
 
     def settings(self) -> Hashable:
-        """What a graph holds as numbers: all settings but the learning rates."""
+        """What a graph holds as numbers: all settings but the learning rates.
+
+        Whatever else somebody keeps in the groups is none of a step's business.
+        """
+        keys = [key for key in self.opt.defaults if key not in CHANGING]
         fixed = tuple(
-            tuple((key, value) for key, value in group.items() if key not in CHANGING)
+            tuple((key, _fixed(group[key])) for key in keys if key in group)
             for group in self.opt.param_groups
         )
         return fixed, self.opt.reduction, self.opt.batch_size
@@ -182,6 +186,12 @@ class Update(ABC):
 
     def interrupted(self) -> None:  # noqa: B027 (likewise)
         """Note a step of which it is not known how far it got."""
+
+
+def _fixed(value: Any) -> Hashable:
+    """A setting as something to compare: betas may be a list, as of a file."""
+    value = value.tolist() if isinstance(value, Tensor) else value
+    return tuple(value) if isinstance(value, list) else value
 
 
 def all_or_none(due: list[bool]) -> bool | None:

@@ -39,7 +39,7 @@ def test_training_and_evaluation():
     for model in both.models:
         model.train()
     both.run(batches(2))
-    both.check(compiled=7)
+    both.check(compiled=6)  # the first step of a mode is eager, as that of a shape
 
 
 def test_a_parameter_is_frozen(both):
@@ -145,7 +145,7 @@ def test_mixing_is_nobodys_business_where_nothing_is_measured():
     both.run(batches(3))
     Flags.mix = True
     both.run(batches(3))
-    both.check(compiled=5)
+    both.check(compiled=4)
 
 
 @pytest.mark.parametrize("row", ["variance", "diag_ggn-exact", "polar", "dp_sgd"])

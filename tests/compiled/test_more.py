@@ -44,7 +44,7 @@ def test_a_group_is_added():
     for model, opt in zip(both.models, both.opts, strict=True):
         rest = [p.requires_grad_() for p in [*model.parameters()][2:]]
         opt.add_param_group({"params": rest, "lr": 0.2})
-    both.run(batches(5))
+    both.run(batches(8))
     both.check()
     assert both.step.taken["compiled"] >= 3
 

@@ -137,7 +137,7 @@ def test_coupled_samples():
 
 def test_samples_that_are_coupled_later(monkeypatch):
     """There are rows until the next look, which no graph can do without."""
-    monkeypatch.setattr(polar, "LOOK", 4)
+    monkeypatch.setattr(polar, "LOOK", 5)
     torch.manual_seed(0)
     layers = nn.Linear(20, WIDE, bias=False), nn.BatchNorm1d(WIDE), nn.Linear(WIDE, 3)
     both = Both(nn.Sequential(*layers).double().eval(), make)
@@ -146,7 +146,7 @@ def test_samples_that_are_coupled_later(monkeypatch):
     for model in both.models:
         model.train()
     with pytest.warns(UserWarning, match="eagerly: .* in training mode"):
-        both.run(data(2))
+        both.run(data(3))
     assert not by_rows(both)
     both.run(data(3))
     both.check(rtol=1e-9, atol=1e-11, compiled=2 + 3)
