@@ -72,11 +72,8 @@ class Capture:
         """
         exceptions: Any = sys.modules["torch._dynamo"].exc
         try:
-            with torch.enable_grad():
-                if not self._patient:
-                    return self._front(*batch)
-                with _patience():
-                    return self._front(*batch)
+            with torch.enable_grad(), _settings(patient=self._patient):
+                return self._front(*batch)
         except exceptions.TorchDynamoException as error:
             if not self._patient:  # once more, with what Dynamo leaves out by default
                 self._patient = True
@@ -100,17 +97,23 @@ def _held_by(capture: Capture, captured: Any) -> Callable[..., Any]:
     return run
 
 
-def _patience() -> AbstractContextManager[Any]:
-    """Capture recurrent layers, and leave out messages for a log."""
-    kinds = (logging.Logger.debug, logging.Logger.info, logging.Logger.warning)
-    ignored: set[Any] = {*kinds, logging.Logger.error, logging.Logger.log}
-    of_transformers = sys.modules.get("transformers.utils.logging")
-    if of_transformers is not None:
-        ignored |= {of_transformers.warning_once, of_transformers.info_once}
+def _settings(*, patient: bool) -> AbstractContextManager[Any]:
+    """Have Dynamo notice hooks that come later.
+
+    Args:
+        patient: also capture recurrent layers, and leave out messages for a log.
+    """
     config: Any = sys.modules["torch._dynamo"].config
-    patch: AbstractContextManager[Any] = config.patch(
-        allow_rnn=True, ignore_logging_functions=config.ignore_logging_functions | ignored
-    )
+    options: dict[str, Any] = {"skip_nnmodule_hook_guards": False}
+    if patient:
+        kinds = (logging.Logger.debug, logging.Logger.info, logging.Logger.warning)
+        ignored: set[Any] = {*kinds, logging.Logger.error, logging.Logger.log}
+        of_transformers = sys.modules.get("transformers.utils.logging")
+        if of_transformers is not None:
+            ignored |= {of_transformers.warning_once, of_transformers.info_once}
+        ignored |= config.ignore_logging_functions
+        options |= {"allow_rnn": True, "ignore_logging_functions": ignored}
+    patch: AbstractContextManager[Any] = config.patch(**options)
     return patch
 
 

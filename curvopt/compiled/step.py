@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
+from torch.nn.modules.module import _has_any_global_hook
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 from torch.utils._pytree import tree_map
 
@@ -194,6 +195,8 @@ class CompiledStep:
             )
         begun, self._taken = time.perf_counter(), False
         with without_hooks():  # of other optimizers
+            if _has_any_global_hook():
+                raise Unsuited("hooks run in all modules", asked=True)
             result = self._capture(key)(*batch)
         if not self._taken:
             raise Unsuited("Dynamo is disabled, or ran the function as it was written", asked=True)

@@ -234,7 +234,8 @@ def observed(
         seen["tested"] = gradient
         seen["tested squared"] = gradient**2
         seen["along"] = n / (n - 1) * (batch.products - gradient**2 / n)
-        seen["across"] = n / (n - 1) * (energy - batch.products / gradient)
+        least = torch.finfo(gradient.dtype).tiny  # without a gradient, none of it is along it
+        seen["across"] = n / (n - 1) * (energy - batch.products / gradient.clamp(min=least))
     now, none = torch.stack([*seen.values()]), torch.zeros_like(gradient)
     before = torch.stack([averages.get(name, none) for name in seen]).to(now)
     means = before.lerp(now, 1 - decay).unbind()

@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.modules.module import register_module_forward_hook
 
 import curvopt
 from curvopt.compiled import CompiledStep
@@ -116,6 +117,53 @@ def test_shapes_of_batches_of_other_kinds(kind):
     with pytest.warns(UserWarning, match="more than 4 shapes"):
         both.run(data)
     both.check(compiled=4)
+
+
+# -- hooks that come later ------------------------------------------------------------------------
+
+
+def twice(module, inputs, output):
+    return output * 2
+
+
+HOOKS = {
+    "forward": lambda model: model[0].register_forward_hook(twice),
+    "pre": lambda model: model[2].register_forward_pre_hook(lambda _, given: (given[0] * 2,)),
+    "outside": lambda model: model.register_forward_hook(twice),
+    "backward": lambda model: model[2].register_full_backward_hook(lambda *a: (a[1][0] * 2,)),
+}
+
+
+@pytest.mark.parametrize("kind", HOOKS)
+def test_a_hook_on_a_module_comes_later(kind):
+    """By default Dynamo does not notice."""
+    both = Both(network(), ROWS["variance"])
+    both.run(batches(3))
+    hooks = [HOOKS[kind](model) for model in both.models]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "steps are taken eagerly: Module-level backwards hooks")
+        both.run(batches(3))
+    for hook in hooks:
+        hook.remove()
+    if kind != "backward":  # for which steps of the shape have become eager
+        both.run(batches(3))
+        both.check(compiled=2 + 2 + 3)
+    both.check()
+
+
+def test_a_hook_on_all_modules():
+    both = Both(network(), ROWS["variance"])
+    both.run(batches(3))
+    hook = register_module_forward_hook(
+        lambda module, _, output: output * 2 if isinstance(module, nn.Tanh) else None
+    )
+    try:
+        with pytest.warns(UserWarning, match="hooks run in all modules"):
+            both.run(batches(2))
+    finally:
+        hook.remove()
+    both.run(batches(2))
+    both.check(compiled=2 + 2)
 
 
 # -- settings -------------------------------------------------------------------------------------

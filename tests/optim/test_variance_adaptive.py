@@ -235,6 +235,18 @@ def test_noise_averages_numerators_and_denominators_apart():
     assert opt.noise.scale == pytest.approx(trace / signal if signal > 0 else math.inf, rel=1e-9)
 
 
+def test_noise_after_a_batch_without_a_gradient():
+    """As where no sample has a weight: it must not stay in the averages for ever."""
+    problem = Case("mlp-tanh", "ce").build(n=6)
+    options = dict(lr=0.0, variance_every=1, noise_tests=True)
+    opt, fresh = (curvopt.VarianceAdaptiveSGD(problem.params, **options) for _ in range(2))
+    opt.step(lambda: 0.0 * problem.loss())
+    for o in (opt, fresh):
+        o.step(problem.loss)
+    for name in ("norm_test", "inner_product_test", "orthogonality_test"):
+        assert getattr(opt.noise, name) == pytest.approx(getattr(fresh.noise, name)), name
+
+
 def test_noise_scale_is_unbiased():
     """Gradients of known mean and variance: scale = tr S / |G|^2."""
     torch.manual_seed(0)
