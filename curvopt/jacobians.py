@@ -293,7 +293,7 @@ def _units(like: Tensor, size: int, max_columns: int | None) -> Iterator[tuple[i
     for start in range(0, count, step):
         stop = min(start + step, count)
         unit = torch.zeros(stop - start, count, dtype=like.dtype, device=like.device)
-        unit[torch.arange(stop - start), torch.arange(start, stop)] = 1
+        unit[torch.arange(stop - start, device="cpu"), torch.arange(start, stop, device="cpu")] = 1
         yield start, unit.view(-1, 1, *like.shape[1:]).expand(-1, *like.shape)
 
 

@@ -45,7 +45,7 @@ class Conditions:
             if flag.device.type != "cuda":
                 self._sent.append((flag, None))
                 continue
-            copy = torch.empty(flag.shape, dtype=flag.dtype, pin_memory=True)
+            copy = torch.empty(flag.shape, dtype=flag.dtype, pin_memory=True, device="cpu")
             copy.copy_(flag, non_blocking=True)
             arrived = torch.cuda.Event()
             arrived.record(torch.cuda.current_stream(flag.device))

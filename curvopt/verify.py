@@ -280,7 +280,9 @@ class Loops:
         """``diag J^T H J = sum_b J_b * (J^T H)_b``, over the output's elements b."""
         elements, hessian = self.linearized(x, y)
         total = {p: torch.zeros_like(p) for p in self.params}
-        for unit, column in zip(torch.eye(len(hessian)).to(hessian), hessian, strict=True):
+        for unit, column in zip(
+            torch.eye(len(hessian), device="cpu").to(hessian), hessian, strict=True
+        ):
             left, right = self.derivative(elements, unit), self.derivative(elements, column)
             total = {p: value + left[p] * right[p] for p, value in total.items()}
         return total
@@ -301,12 +303,17 @@ class Loops:
     def direction(self) -> ByParameter:
         """A random vector over all parameters."""
         generator = torch.Generator().manual_seed(0)
-        return {p: torch.randn(p.shape, generator=generator).to(p) for p in self.params}
+        return {
+            p: torch.randn(p.shape, generator=generator, device="cpu").to(p) for p in self.params
+        }
 
     def ggn_product(self) -> ByParameter:
         """The Gauss-Newton matrix times the random vector."""
         elements, hessian = self.linearized(self.x, self.y)
-        rows = (self.derivative(elements, unit) for unit in torch.eye(len(hessian)).to(hessian))
+        rows = (
+            self.derivative(elements, unit)
+            for unit in torch.eye(len(hessian), device="cpu").to(hessian)
+        )
         product = torch.stack([_inner(row, self.direction) for row in rows])
         return self.derivative(elements, hessian @ product)
 

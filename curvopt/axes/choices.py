@@ -122,7 +122,7 @@ class Choices:
 
     def _rows_owned(self) -> Tensor:
         length = sum(torch.Size(row.shape).numel() for row in self.frontier.rows)
-        owned = torch.zeros(length, dtype=torch.bool)
+        owned = torch.zeros(length, dtype=torch.bool, device="cpu")
         for reading in self.good.values():
             owned |= reading.outcome.rows >= 0
         return owned

@@ -325,8 +325,8 @@ class _Search(Choices):
             replays = [reading.outcome.replay for reading in linked.chosen]
             drawn = (self._opaque(reading).mixed for reading in linked.chosen)
             if any(replay.masked for replay in replays) and not any(drawn):
-                whole = torch.arange(len(first), dtype=DTYPE)
-                table = torch.full((linked.n,), NONE, dtype=DTYPE)
+                whole = torch.arange(len(first), dtype=DTYPE, device="cpu")
+                table = torch.full((linked.n,), NONE, dtype=DTYPE, device="cpu")
                 table[first[first >= 0].long()] = whole[first >= 0]
                 owned = linked.ids >= 0
                 linked.ids[owned] = table[linked.ids[owned].long()]
@@ -369,7 +369,7 @@ class _Search(Choices):
             seeds,
             claims,
             self.frontier,
-            torch.empty(0, dtype=DTYPE),
+            torch.empty(0, dtype=DTYPE, device="cpu"),
             self.readings,
             self.again,
             shared=[ref for ref in shared if ref.numel > 1],

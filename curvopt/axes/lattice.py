@@ -37,12 +37,15 @@ class State(NamedTuple):
 
 def constant(ndim: int, owner: int = NONE) -> Tensor:
     """The same owner for all elements."""
-    return torch.full((1,) * ndim, owner, dtype=DTYPE)
+    return torch.full((1,) * ndim, owner, dtype=DTYPE, device="cpu")
 
 
 def bags_of(starts: Tensor, size: int) -> Tensor:
     """The bag of each of `size` rows, given where the bags start."""
-    return torch.searchsorted(starts, torch.arange(size, dtype=starts.dtype), right=True) - 1
+    return (
+        torch.searchsorted(starts, torch.arange(size, dtype=starts.dtype, device="cpu"), right=True)
+        - 1
+    )
 
 
 def mixed(ndim: int) -> State:
@@ -53,7 +56,7 @@ def mixed(ndim: int) -> State:
 def along(shape: Sequence[int], dim: int, owners: Tensor | None = None) -> Tensor:
     """Owners that change along one dim: 0, 1, 2, ... unless given."""
     if owners is None:
-        owners = torch.arange(shape[dim], dtype=DTYPE)
+        owners = torch.arange(shape[dim], dtype=DTYPE, device="cpu")
     return owners.to(DTYPE).reshape([-1 if d == dim else 1 for d in range(len(shape))])
 
 

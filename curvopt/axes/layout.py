@@ -151,7 +151,9 @@ def owned(owners: Tensor, shape: tuple[int, ...], n: int) -> Layout | None:
     if axes == 1 and rows % n == 0:
         if _counts_up(leading, n, rows // n):
             return Layout("batch", n, rows // n)
-        if torch.equal(leading.view(-1, n), torch.arange(n).to(leading).expand(rows // n, n)):
+        if torch.equal(
+            leading.view(-1, n), torch.arange(n, device="cpu").to(leading).expand(rows // n, n)
+        ):
             return Layout("time-flat", n, rows // n)
     counts = torch.bincount(leading, minlength=n)
     return Layout("gather", n, int(counts.max()), leading, axes)
@@ -165,4 +167,6 @@ def single(owners: Tensor, n: int) -> Layout | None:
 
 def _counts_up(owners: Tensor, n: int, k: int) -> bool:
     """Whether each of n samples has k rows, one after the other."""
-    return torch.equal(owners.view(n, k), torch.arange(n).to(owners)[:, None].expand(n, k))
+    return torch.equal(
+        owners.view(n, k), torch.arange(n, device="cpu").to(owners)[:, None].expand(n, k)
+    )

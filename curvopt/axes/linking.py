@@ -53,7 +53,7 @@ class Linked:
         """The samples of the positions of a reading's dim; -1 for positions that reach no row."""
         links = reading.outcome.links
         known = (links >= 0) & (self.ids >= 0)
-        owners = torch.full((reading.size,), NONE, dtype=DTYPE)
+        owners = torch.full((reading.size,), NONE, dtype=DTYPE, device="cpu")
         owners[links[known].long()] = self.ids[known]
         return owners
 
@@ -62,17 +62,19 @@ class Linked:
         owned = self.ids >= 0
         ids = torch.unique(self.ids[owned], return_inverse=True)[1]
         count = int(ids.max()) + 1 if len(ids) else 0
-        piece = torch.full((count,), len(readings))
+        piece = torch.full((count,), len(readings), device="cpu")
         self.ids[owned] = ids.to(DTYPE)
         for _ in range(2):  # a tensor that comes later may show that two pieces are one
             for number, reading in enumerate(readings):
                 both = (reading.outcome.links >= 0) & owned
                 members = self.ids[both].long()
                 if len(members):
-                    piece[members] = torch.minimum(piece[members].min(), torch.tensor(number))
+                    piece[members] = torch.minimum(
+                        piece[members].min(), torch.tensor(number, device="cpu")
+                    )
         order = torch.argsort(piece, stable=True)
         places = torch.empty_like(order)
-        places[order] = torch.arange(count)
+        places[order] = torch.arange(count, device="cpu")
         self.ids[owned] = places[ids].to(DTYPE)
 
     def overlaid(self, size: int) -> Linked | None:
@@ -82,7 +84,7 @@ class Linked:
             links = reading.outcome.links
             if reading.size == size:
                 owned = (links >= 0) & (self.ids >= 0)
-                table = torch.full((int(self.ids.max()) + 1,), NONE, dtype=DTYPE)
+                table = torch.full((int(self.ids.max()) + 1,), NONE, dtype=DTYPE, device="cpu")
                 table[self.ids[owned].long()] = links[owned]
                 fresh = (self.ids >= 0) & (ids < 0)
                 ids[fresh] = table[self.ids[fresh].long()]
@@ -113,7 +115,7 @@ def link(
     """
     ordered = sorted(readings, key=lambda r: (not r.outcome.touches, -r.values.numel()))
     length = readings[0].outcome.links.numel()
-    linked = Linked(torch.full((length,), NONE, dtype=DTYPE))
+    linked = Linked(torch.full((length,), NONE, dtype=DTYPE, device="cpu"))
     largest = max(r.values.numel() for r in readings)
     sizes = {largest, *(r.size for r in readings if not r.outcome.replay.picks)}
     fresh, groups = 0, [0]
@@ -150,7 +152,7 @@ def link(
             values = [value for value in values if value in known]
             if not values:
                 continue
-        table = torch.full((reading.size,), NONE, dtype=DTYPE)
+        table = torch.full((reading.size,), NONE, dtype=DTYPE, device="cpu")
         for value in values:
             if value not in known:
                 known[value] = fresh
@@ -172,12 +174,12 @@ def _order(linked: Linked, starts: list[int]) -> None:
     """Groups of samples that share no row get their numbers in the order of the loss's rows."""
     owned = linked.ids >= 0
     ids = linked.ids[owned].long()
-    bounds = torch.tensor(sorted({*starts, int(ids.max()) + 1 if len(ids) else 1}))
+    bounds = torch.tensor(sorted({*starts, int(ids.max()) + 1 if len(ids) else 1}), device="cpu")
     group = torch.searchsorted(bounds, ids, right=True) - 1
     seen = list(dict.fromkeys(group.tolist()))
     if seen == sorted(seen):
         return
-    table = torch.zeros(len(bounds), dtype=torch.long)
+    table = torch.zeros(len(bounds), dtype=torch.long, device="cpu")
     for place, number in enumerate(seen):
         table[number] = place * (int(ids.max()) + 1)
     linked.ids[owned] = (ids + table[group]).to(DTYPE)
@@ -186,7 +188,7 @@ def _order(linked: Linked, starts: list[int]) -> None:
 def _coarsen(linked: Linked, pairs: Tensor) -> None:
     """Samples that share a row of another tensor are one sample."""
     first: dict[int, int] = {}
-    table = torch.arange(int(linked.ids.max()) + 1, dtype=DTYPE)
+    table = torch.arange(int(linked.ids.max()) + 1, dtype=DTYPE, device="cpu")
     for sample, position in pairs.t().tolist():
         table[sample] = first.setdefault(position, sample)
     owned = linked.ids >= 0

@@ -320,7 +320,8 @@ class Replay:
             return
         itemsize = ref.dtype.itemsize
         length = max(self.trace.nbytes[ref.storage] // itemsize, self.trace.end(ref))
-        flat, origin = torch.full((length,), NONE, dtype=DTYPE), self.trace.origins[ref.storage]
+        flat = torch.full((length,), NONE, dtype=DTYPE, device="cpu")
+        origin = self.trace.origins[ref.storage]
         for (offset, shape, stride, size), state in self._views.pop(ref.storage, {}).items():
             if state is None:
                 continue

@@ -33,7 +33,7 @@ def _crossed(owners: Tensor, theirs: Tensor) -> bool:
     places = []
     for vector in (owners, theirs):
         known = vector >= 0
-        table = torch.full((int(vector.max()) + 1,), NONE, dtype=torch.int64)
+        table = torch.full((int(vector.max()) + 1,), NONE, dtype=torch.int64, device="cpu")
         table[vector[known].long()] = known.nonzero()[:, 0]
         if int((table >= 0).sum()) < int(known.sum()):  # several rows of a sample
             return False

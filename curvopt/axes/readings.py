@@ -47,7 +47,7 @@ class Entry:
     def seed(self, trace: Trace, dim: int, owners: Tensor | None = None) -> tuple[Seeds, Claims]:
         """Owners along a dim (0, 1, ... unless given), as seeds and claims of a replay."""
         if self.group:
-            each = torch.arange(len(self.group)) if owners is None else owners
+            each = torch.arange(len(self.group), device="cpu") if owners is None else owners
             return {
                 storage: constant(trace.outside[storage].ndim, int(each[n]))
                 for n, storage in enumerate(self.group)
@@ -127,7 +127,7 @@ class Outcome:
     def products(self) -> Tensor:
         """The owners of products of rows by coefficients, in one vector."""
         found = [self._joined(k)[0] for k in self.frontier.products]
-        return torch.cat(found) if found else torch.empty(0, dtype=DTYPE)
+        return torch.cat(found) if found else torch.empty(0, dtype=DTYPE, device="cpu")
 
     @cached_property
     def links(self) -> Tensor:

@@ -98,9 +98,9 @@ class Samples:
         seeded = [(self.trace.outside[storage], owners) for storage, owners in self.seeds.items()]
         for ref, owners in [*seeded, *((ref, owners) for (_, ref), owners in self.claims.items())]:
             if ref.storage in self.fed:
-                at = torch.full((1,) * ref.ndim, ref.offset)
+                at = torch.full((1,) * ref.ndim, ref.offset, device="cpu")
                 for dim, size in enumerate(owners.shape):
-                    along = torch.arange(size).view(-1, *[1] * (ref.ndim - dim - 1))
+                    along = torch.arange(size, device="cpu").view(-1, *[1] * (ref.ndim - dim - 1))
                     at = at + along * ref.stride[dim]
                 found[ref.storage].append(at[owners >= 0])
         return {storage: torch.cat(parts) for storage, parts in found.items()}

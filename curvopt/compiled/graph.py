@@ -13,6 +13,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from curvopt.compiled.capture import source_of
 from curvopt.compiled.tracing import (
+    Failed,
     KnownTape,
     Program,
     Proof,
@@ -387,7 +388,7 @@ class Graph:
                     self.captured(*map(self._copied, enumerate(args)))
             raise
         if failed:  # eagerly, it says why; or does what a graph cannot
-            raise Unsuited
+            raise Failed
         end = 1 + program.outputs
         for p, grad in zip(moving, result[end:], strict=False):
             p.grad = grad

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn.modules.module import _has_any_global_hook
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._device import DeviceContext
 from torch.utils._pytree import tree_map
 
 from curvopt.compiled.capture import Capture, Compiler, inductor
@@ -21,7 +23,7 @@ from curvopt.compiled.graph import CHANGES, Graph
 from curvopt.compiled.newton import NewtonUpdate
 from curvopt.compiled.polar import PolarUpdate
 from curvopt.compiled.private import PrivateAdam, PrivateSGD
-from curvopt.compiled.tracing import Unsuited
+from curvopt.compiled.tracing import Failed, Unsuited
 from curvopt.compiled.updates import Update
 from curvopt.compiled.variance import VarianceUpdate
 from curvopt.optim.automatic import without_hooks
@@ -44,6 +46,10 @@ UPDATES: dict[type, type[Update]] = {
 TRIALS = 4
 # A compiled step may take so many eager ones.
 SLOWER = 1.05
+FAILS = (
+    "compiled steps fail their checks one after the other, where eager ones do not: the norm of a "
+    "sample is in doubt or not finite, or rows are not the gradient's"
+)
 OFTEN = (
     "the function was captured {} times for batches of one shape, as something that it depends on "
     "changes (a counter of a module, a weight that is annealed, a list that grows): give numbers "
@@ -96,6 +102,7 @@ class CompiledStep:
         self._captures: dict[Hashable, Capture] = {}
         self._another: Graph | None = None
         self._others = 0
+        self._failures: dict[Hashable, int] = {}
         if self._update is None:
             self._say(f"{type(opt).__name__} has no step for a graph")
 
@@ -159,10 +166,20 @@ class CompiledStep:
                 self._say(str(unsuited))
             result = self._eagerly(batch)
             self._say(str(unsuited))  # unless the eager step has refused it as well
+            if isinstance(unsuited, Failed):
+                self._fails(key)
             return result
+        self._failures.pop(key, None)
         if self.compare:
             self._compare((key, self._mode), took)
         return result
+
+    def _fails(self, key: Hashable) -> None:
+        """Give up shapes whose compiled steps fail one after the other, where eager ones do not."""
+        self._failures[key] = self._failures.get(key, 0) + 1
+        if self._failures[key] > CHANGES:
+            self._shapes[key] = False
+            self._say(FAILS)
 
     def _is_compiled(self, key: Hashable) -> bool:
         """Whether batches of these shapes are compiled: not when they come for the first time."""
@@ -189,7 +206,8 @@ class CompiledStep:
             opt._watch.rest()
             opt._watch.aside = True
         settle()
-        if torch._C._len_torch_function_stack() or torch._C._len_torch_dispatch_stack():
+        modes = [m for m in _get_current_function_mode_stack() if not isinstance(m, DeviceContext)]
+        if modes or torch._C._len_torch_dispatch_stack():
             raise Unsuited(
                 "a mode of torch's is active, or another optimizer records a pass", asked=True
             )

@@ -30,6 +30,10 @@ class Unsuited(Exception):
         self.lasting, self.asked = bool(reason) and not asked, asked
 
 
+class Failed(Unsuited):
+    """A compiled step has failed its checks, and changed nothing."""
+
+
 class Sign(NamedTuple):
     """Random signs that a pass draws: their shape, and what they are drawn like."""
 

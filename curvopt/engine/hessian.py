@@ -86,7 +86,9 @@ class Hessian:
         for start in range(0, size, self.chunk):
             stop = min(start + self.chunk, size)
             unit = torch.zeros(stop - start, size, dtype=like.dtype, device=like.device)
-            unit[torch.arange(stop - start), torch.arange(start, stop)] = 1
+            unit[
+                torch.arange(stop - start, device="cpu"), torch.arange(start, stop, device="cpu")
+            ] = 1
             yield slice(start, stop), unit
 
     # -- the diagonal -----------------------------------------------------------------------------
@@ -274,7 +276,7 @@ class Hessian:
     def _parameter_hessian(self, sample: int | None = None) -> ParameterHessian:
         cotangents = self.cotangents
         if sample is not None:
-            hot = torch.zeros(self.samples)
+            hot = torch.zeros(self.samples, device="cpu")
             hot[sample] = 1
             with torch.enable_grad():
                 cotangents = [
@@ -331,7 +333,7 @@ def _is_linear(use: Use, leaf: Tensor, grad: Tensor) -> bool:
     generator = torch.Generator().manual_seed(0)
 
     def random(like: Tensor) -> Tensor:
-        return torch.rand(like.shape, generator=generator).to(like)
+        return torch.rand(like.shape, generator=generator, device="cpu").to(like)
 
     with torch.enable_grad():
         cotangent = random(grad).requires_grad_()

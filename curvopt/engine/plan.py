@@ -175,7 +175,7 @@ def drawn_by(draw: Draw, trace: Trace) -> Tensor | None:
     """The rows that a pass draws, by number; None if several samples draw the same one."""
     values = [trace.values[draw.op][number] for number in draw.indices]
     indices = torch.broadcast_tensors(*(v.cpu().long() for v in values if v is not None))
-    rows = torch.zeros((), dtype=torch.int64)
+    rows = torch.zeros((), dtype=torch.int64, device="cpu")
     for index, size in zip(indices, draw.sizes, strict=True):
         rows = rows * size + index % size
     owners = torch.broadcast_tensors(*draw.owners, rows)[0]

@@ -152,7 +152,7 @@ class Resolver:
         options = [_along(entry.mark, d, self.n) for d in (0, 1) if shape[d : d + 1] == (self.n,)]
         rows = shape[0] // self.n if shape and shape[0] % self.n == 0 else 1
         if rows > 1:  # a sample's rows together, or apart
-            flat, ones = torch.arange(self.n, dtype=DTYPE), [1] * (len(shape) - 1)
+            flat, ones = torch.arange(self.n, dtype=DTYPE, device="cpu"), [1] * (len(shape) - 1)
             options += [flat.repeat_interleave(rows).view(-1, *ones)]
             options += [flat.repeat(rows).view(-1, *ones)]
         for claim in options:
@@ -261,4 +261,4 @@ def _complex(call: Call, values: dict[Any, Shared]) -> bool:
 def _along(mark: Mark, dim: int, n: int) -> Tensor:
     sizes = [1] * len(mark[1].shape)
     sizes[dim] = n
-    return torch.arange(n, dtype=DTYPE).view(sizes)
+    return torch.arange(n, dtype=DTYPE, device="cpu").view(sizes)

@@ -120,9 +120,12 @@ def check_slopes(y: Tensor, x: Tensor, *, further: bool) -> None:
     if not y.requires_grad or not y.numel():
         return
     n, generator = len(x), torch.Generator().manual_seed(0)
-    bits = torch.arange(n) >> torch.arange((n - 1).bit_length())[:, None] & 1
+    bits = (
+        torch.arange(n, device="cpu") >> torch.arange((n - 1).bit_length(), device="cpu")[:, None]
+        & 1
+    )
     sides = torch.cat([bits, 1 - bits]).bool().to(y.device)
-    noise = torch.rand(y.shape, generator=generator).add_(0.5).to(y)
+    noise = torch.rand(y.shape, generator=generator, device="cpu").add_(0.5).to(y)
     step = max(1, CHUNK_BYTES // max(1, y.element_size() * (x.numel() + y.numel())))
     for part in sides.split(step):
         cotangents = noise * part.view(*part.shape, *[1] * (y.ndim - 1))
@@ -133,7 +136,9 @@ def check_slopes(y: Tensor, x: Tensor, *, further: bool) -> None:
         others = slopes[~part.to(slopes.device)]
         wrong = bool((others != 0).any())
         if further and not wrong and others.requires_grad:
-            weights = torch.rand(others.shape, generator=generator).add_(0.5).to(others)
+            weights = (
+                torch.rand(others.shape, generator=generator, device="cpu").add_(0.5).to(others)
+            )
             leaves = [x, *walk(others, ())[1]]
             again = torch.autograd.grad(
                 others, leaves, weights, retain_graph=True, allow_unused=True

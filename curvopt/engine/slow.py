@@ -56,7 +56,7 @@ def rows_by_sample(
     chunks = []
     for start in range(0, samples, size):
         stop = min(start + size, samples)
-        one_hot = torch.eye(samples)[start:stop]
+        one_hot = torch.eye(samples, device="cpu")[start:stop]
         masked = []
         for output, cotangent, layout in zip(outputs, cotangents, layouts, strict=True):
             if layout is None:

@@ -146,7 +146,7 @@ class Loss(ABC):
         """Columns ``start`` to ``stop`` of the exact root, ``[stop - start, *output.shape]``."""
         count = self.columns_per_sample(layout)
         eye = torch.zeros(stop - start, count, dtype=scale.dtype, device=scale.device)
-        eye[torch.arange(stop - start), torch.arange(start, stop)] = 1
+        eye[torch.arange(stop - start, device="cpu"), torch.arange(start, stop, device="cpu")] = 1
         inner = layout.split(scale).shape[1:]
         one_hot = eye.unflatten(1, (*inner, self.width)).unsqueeze(1)
         one_hot = one_hot.expand(-1, layout.n, *one_hot.shape[2:])

@@ -127,8 +127,8 @@ class Closure(RowWise):
         if not slope.requires_grad or len(z) < 2:
             return
         generator = torch.Generator().manual_seed(0)
-        half = torch.randperm(len(z), generator=generator) < len(z) // 2
-        noise = torch.rand(z.shape, generator=generator).add_(0.5)
+        half = torch.randperm(len(z), generator=generator, device="cpu") < len(z) // 2
+        noise = torch.rand(z.shape, generator=generator, device="cpu").add_(0.5)
         noise = noise * half.view(-1, *[1] * (z.ndim - 1))
         curved = _columns(slope, z, noise.to(z)[None])[0]
         other = (~half).to(z.device).view(-1, *[1] * (z.ndim - 1))

@@ -223,7 +223,7 @@ def _network(step: Step) -> Callable[..., Any]:
         n, steps = int(sizes[0]), len(sizes)
         order = getattr(sizes, ORDER, None)
         order = torch.arange(n, device=data.device) if order is None else order
-        mask = torch.arange(n)[:, None] < sizes  # [sorted samples, time]
+        mask = torch.arange(n, device="cpu")[:, None] < sizes  # [sorted samples, time]
         time, ranks = (axis.to(data.device) for axis in mask.T.nonzero(as_tuple=True))
         place = order[ranks], time
         mask = mask.to(data.device)[order.argsort()]

@@ -85,7 +85,7 @@ def numbers_of(states: Sequence[dict[str, Any]]) -> Tensor:
     given = [value for row in rows for value in row]
     like = next((value for value in given if isinstance(value, Tensor)), None)
     if like is None:
-        return torch.tensor(rows, dtype=torch.float64)
+        return torch.tensor(rows, dtype=torch.float64, device="cpu")
     if not all(isinstance(value, Tensor) for value in given):
         given = [like.new_full((), float(value)) for value in given]
     return torch.stack(given).view(len(NUMBERS), -1)
@@ -93,7 +93,7 @@ def numbers_of(states: Sequence[dict[str, Any]]) -> Tensor:
 
 def put(rows: Sequence[Sequence[float]], like: Tensor) -> tuple[Tensor, ...]:
     """Numbers of the host on a tensor's device, which they reach without anybody waiting."""
-    made = torch.tensor(rows, dtype=torch.float64)
+    made = torch.tensor(rows, dtype=torch.float64, device="cpu")
     if like.device.type == "cuda":
         made = made.pin_memory().to(like.device, non_blocking=True)
     return made.to(like.device, like.dtype).unbind(0)

@@ -29,7 +29,7 @@ class LogicalBatch:
     norms: list[Tensor] = field(default_factory=list)
     penalties: dict[Tensor, Tensor] = field(default_factory=dict)
     grads: dict[Tensor, Tensor] | None = None
-    lengths: Tensor = field(default_factory=lambda: torch.zeros(0))
+    lengths: Tensor = field(default_factory=lambda: torch.zeros(0, device="cpu"))
     sizes: tuple[int, int] = (-1, 0)
     following: float | None = None
     accounted: bool = False

@@ -256,4 +256,4 @@ def guessed(grad: Tensor, b: Tensor, t: int, mu: float) -> Tensor:
 def squared_norms(tensors: Iterable[Tensor]) -> Tensor:
     """The squared norm of each tensor, in float32 at least."""
     wide = [t.to(at_least_float32(t.dtype)) for t in tensors]
-    return torch.stack(torch._foreach_norm(wide)).square() if wide else torch.zeros(0)
+    return torch.stack(torch._foreach_norm(wide)).square() if wide else torch.zeros(0, device="cpu")

@@ -373,10 +373,18 @@ def _projection(side: int, size: int, dtype: torch.dtype, device: torch.device) 
     if size <= SKETCH:
         return None
     generator = torch.Generator().manual_seed(side)
-    return torch.randn(size, SKETCH, generator=generator, dtype=torch.float64).to(device, dtype)
+    return torch.randn(size, SKETCH, generator=generator, dtype=torch.float64, device="cpu").to(
+        device, dtype
+    )
 
 
 @cache
 def _signs(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     generator = torch.Generator().manual_seed(2)
-    return torch.empty(size).bernoulli_(0.5, generator=generator).mul_(2).sub_(1).to(device, dtype)
+    return (
+        torch.empty(size, device="cpu")
+        .bernoulli_(0.5, generator=generator)
+        .mul_(2)
+        .sub_(1)
+        .to(device, dtype)
+    )

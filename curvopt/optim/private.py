@@ -128,7 +128,7 @@ class PrivateOptimizer(Accounted):
         except NoSamples:  # an empty batch, and a penalty
             penalties = alone(computation.tape, computation.loss)
             self._losses.append(computation.loss)
-            self._add({}, torch.zeros(0), penalties)
+            self._add({}, torch.zeros(0, device="cpu"), penalties)
             return
         refuse_leaks(computation)
         refuse_again(computation)
@@ -138,7 +138,9 @@ class PrivateOptimizer(Accounted):
             penalties = computation.penalty_gradients()
             self._penalized = self._penalized or bool(penalties)
             if not computation.samples:
-                self._add({}, torch.zeros(0), penalties)  # no samples: no sum, but a step
+                self._add(
+                    {}, torch.zeros(0, device="cpu"), penalties
+                )  # no samples: no sum, but a step
                 return
             values = computation.run(quantities, free=True)[self._clip.field]
         self._add(dict(values), self._clip.norms, penalties)
@@ -284,7 +286,7 @@ class PrivateOptimizer(Accounted):
             with torch.enable_grad(), tape:
                 loss = penalty()
             grads = alone(tape, loss)
-        self._add({}, torch.zeros(0), grads)
+        self._add({}, torch.zeros(0, device="cpu"), grads)
         self._note(recorded=True)
 
     def empty_step(self, penalty: Closure | None = None) -> None:

@@ -232,7 +232,7 @@ class GaussianNoise:
         if self._key is None:
             return None
         numbers = [*self._key, *self._draws.to_bytes(8, "little")]
-        return {PARTS: torch.tensor(numbers, dtype=torch.uint8)}
+        return {PARTS: torch.tensor(numbers, dtype=torch.uint8, device="cpu")}
 
     def state_dict(self) -> dict[str, Any]:
         """The state of each generator by device and stream: it is as secret as the data."""

@@ -148,7 +148,7 @@ class PoissonBatchSampler(Sampler[list[int]]):
         """The indices of batch ``step``, in increasing order."""
         generator = generator_from_key(self._key + step.to_bytes(8, "little"))
         # float64: in float32 a rate of 1e-4 would really be 0.05 % larger.
-        draws = torch.rand(self.num_samples, generator=generator, dtype=torch.float64)
+        draws = torch.rand(self.num_samples, generator=generator, dtype=torch.float64, device="cpu")
         mine = draws[self.rank :: self.num_replicas] < self.sample_rate
         return (mine.nonzero().squeeze(1) * self.num_replicas + self.rank).tolist()
 

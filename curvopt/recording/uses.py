@@ -23,7 +23,7 @@ from curvopt.structures import Own, Structure
 Mark = tuple[int, Ref]
 
 #: The type of the graph nodes that add to a leaf's gradient, where every path ends.
-ACCUMULATE: Any = type(get_gradient_edge(torch.zeros((), requires_grad=True)).node)
+ACCUMULATE: Any = type(get_gradient_edge(torch.zeros((), requires_grad=True, device="cpu")).node)
 
 
 @dataclass(eq=False)

@@ -23,7 +23,7 @@ class Own(Structure):
         self.columns, self.samples = cotangent.shape[:2]
 
     def rows(self, start: int, stop: int) -> Tensor:
-        one_hot = torch.eye(self.samples)[start:stop].to(self.cotangent)
+        one_hot = torch.eye(self.samples, device="cpu")[start:stop].to(self.cotangent)
         one_hot = one_hot.view(*one_hot.shape, *[1] * (self.cotangent.ndim - 2))
         return self._merged(one_hot * self.cotangent.unsqueeze(1), 2)
 

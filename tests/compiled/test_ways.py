@@ -119,6 +119,25 @@ def test_shapes_of_batches_of_other_kinds(kind):
     both.check(compiled=4)
 
 
+def test_checks_that_fail_in_each_step():
+    """The last bias has gradients of rounding alone, so that a sample's norm is in doubt."""
+    quiet = private | {"noise_multiplier": 0.0}
+
+    def loss(model, x, y):
+        return F.triplet_margin_loss(model(x), model(0.9 * x), model(x.flip(1)))
+
+    graphs = []
+    both = Both(
+        network(), lambda p: curvopt.DPSGD(p, 0.1, **quiet), loss, compiler=compiled(graphs)
+    )
+    with pytest.warns(UserWarning, match="compiled steps fail their checks one after the other"):
+        both.run(batches(8))
+    assert len(graphs) == 1
+    both.check(compiled=0)
+    both.run(batches(3, n=5))
+    both.check(compiled=0)
+
+
 # -- hooks that come later ------------------------------------------------------------------------
 
 

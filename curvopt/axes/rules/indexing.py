@@ -246,5 +246,5 @@ def nonzero(call: Call) -> Result:
         line = merge(owners, [e for e in range(x.ndim) if e != d]).reshape(-1)
         lines.append(line.expand(x.shape[d]))
     if not picked.numel():
-        picked = torch.full((1, 1), NONE, dtype=DTYPE)
+        picked = torch.full((1, 1), NONE, dtype=DTYPE, device="cpu")
     return State(picked, (-2, call.name_of(x)), tuple(lines))

@@ -20,7 +20,7 @@ _COUNTING = frozenset("select slice lt _local_scalar_dense".split())
 
 def _places(lengths: Tensor) -> tuple[Tensor, Tensor]:
     """Time and sample of every packed row, for lengths from long to short."""
-    steps = torch.arange(int(lengths.max()) if len(lengths) else 0)
+    steps = torch.arange(int(lengths.max()) if len(lengths) else 0, device="cpu")
     alive = steps[:, None] < lengths[None]
     time, sample = alive.nonzero(as_tuple=True)
     return time, sample

@@ -159,7 +159,7 @@ def index_put(call: Call) -> Result:
     if source is not None and source.ragged is not None:
         raise Refuse
     picks: list[Tensor | None] = [None if i is None else call.values(i) for i in indices]
-    positions = torch.arange(x.numel).reshape(x.shape)
+    positions = torch.arange(x.numel, device="cpu").reshape(x.shape)
     hit = torch.ops.aten.index(positions, picks)
     new = constant(value.ndim) if source is None else source.owners
     new = new.expand(value.shape).expand(hit.shape).reshape(-1).clone()
