@@ -84,8 +84,8 @@ class Led(Update):
         """Find how far each parameter goes, and go."""
         table, moves = traced.state[-1], self.moves(traced)
         squares = torch.stack([move.squares.to(table.dtype) for move in moves])
-        # A square alone may be too large.
-        refuse(squares[:, 0].isinf(), lambda: CurvoptError("a step is too long"))
+        # A gradient may not be a number, or a square alone be too large.
+        refuse(~squares.isfinite(), lambda: CurvoptError("a square is not finite"))
         tables, factors = [], []
         for group, part in _runs(traced.groups):
             these = slice(part[0], part[-1] + 1)

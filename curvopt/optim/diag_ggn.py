@@ -11,6 +11,7 @@ from torch import Generator, Tensor
 
 from curvopt.dtypes import at_least_float32
 from curvopt.engine.computation import Computation
+from curvopt.errors import CurvoptError
 from curvopt.looks import may_look
 from curvopt.optim import stats
 from curvopt.optim.joined import Backward
@@ -93,8 +94,9 @@ class DiagGGNOptimizer(Scheduled):
 
     Raises:
         ValueError: a setting is out of range.
-        CurvoptError: in `step`: the curvature cannot be computed exactly; parameters, gradients
-            and state are as before.
+        CurvoptError: in `step`: the curvature cannot be computed exactly, or a gradient is not
+            finite (on an accelerator: the loss of a step that measures); parameters, gradients and
+            state are as before.
 
     Example:
         >>> model = torch.nn.Linear(4, 3)
@@ -277,7 +279,7 @@ class Move:
         parts: list[Tensor],
         name: Callable[[Tensor], str],
     ):
-        self.p, self.state = p, state
+        self.p, self.state, self.name = p, state, name
         self.weights = local(p)
         self.m = local(held(state, "momentum_buffer", p, name))
         self.h = local(held(state, "curvature", p, name))
@@ -347,6 +349,8 @@ class Plan:
         numbers = torch.stack([*self._whole(parts, moves)]).tolist()
         for move, (length, mean, gradient) in zip(moves, numbers, strict=True):
             p, state = move.p, move.state
+            if not math.isfinite(gradient + mean):
+                self._check(move)
             state["step"] += 1
             correction = 1 / (1 - momentum ** state["step"])
             if math.isinf(length):  # the square alone may be too large
@@ -365,6 +369,12 @@ class Plan:
             if move.m.dtype != p.dtype:
                 mean_of = move.m.lerp(move.grad, self.weight)
                 move.step = mean_of.mul_(move.inverse).mul_(move.factor).to(p.dtype)
+
+    def _check(self, move: Move) -> None:
+        """Refuse a gradient that is not finite; a square alone may be too large."""
+        (exact,) = self._whole([square(move.grad.double())], [move])
+        if not math.isfinite(float(exact)):
+            raise CurvoptError(f"the gradient of {move.name(move.p)} is not finite")
 
     def carry_out(self, states: Any) -> None:
         """Change parameters and states, in place and without memory: nothing that could fail."""

@@ -299,6 +299,27 @@ def test_a_wrong_target(row):
     both.check(compiled=4)
 
 
+@pytest.mark.parametrize("row", ["diag_ggn-exact", "polar"])
+def test_a_gradient_that_is_no_number(row):
+    """Of a finite loss: the root of zero has no slope."""
+
+    def loss(model, x, y):
+        h = model(x)
+        return F.cross_entropy(h + 0 * (h * x[:, :1]).abs().sqrt(), y)
+
+    both = Both(network(), ROWS[row], loss)
+    for t, (x, y) in enumerate(batches(7)):
+        if t in (3, 4):
+            before = [p.clone() for p in both.models[1].parameters()]
+            zeros = x.clone()
+            zeros[0, 0] = 0
+            with pytest.raises(curvopt.CurvoptError, match="gradient of parameter 0 .* not finite"):
+                both.step(zeros, y)
+            assert all(map(torch.equal, both.models[1].parameters(), before))
+        both.run([(x, y)])
+    both.check(rtol=1e-9, atol=1e-11, compiled=6)
+
+
 def test_outputs_have_no_graph():
     """Eager steps give them as compiled ones do."""
 

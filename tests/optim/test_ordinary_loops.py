@@ -1306,3 +1306,50 @@ def test_a_recording_that_ends_inside_of_another():
     two._watch.rest()
     assert eval_frame._stance.stance == "default"
     del loss
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["diag_ggn", "polar"])
+def test_a_gradient_that_is_no_number(name, kind, bad):
+    """In a step that measures nothing, too, of which nobody sees the loss."""
+    nets = [network().to(kind) for _ in range(2)]
+    opts = [
+        OPTIMIZERS[name](net.named_parameters(), generator=torch.Generator().manual_seed(0))
+        for net in nets
+    ]
+    x, y = batch()
+    x = x.to(kind)
+
+    def step(net, opt, at, value):
+        opt.zero_grad()
+        ce(net(x + at), y).backward()
+        if value is not None:
+            next(net.parameters()).grad[0, 0] = value
+        opt.step()
+
+    for t in range(5):
+        for net, opt in zip(nets, opts, strict=True):
+            step(net, opt, t, None)
+    with pytest.raises(curvopt.CurvoptError, match=r"gradient of 0\.weight \[.*\] is not finite"):
+        step(nets[0], opts[0], 5, bad)
+    for t in range(5, 8):
+        for net, opt in zip(nets, opts, strict=True):
+            step(net, opt, t, None)
+    assert_same(nets[0], params_of(nets[1]))
+
+
+def test_a_gradient_with_a_square_that_is_too_large():
+    """It is finite all the same: a bounded step."""
+    net = network().float()
+    opt = curvopt.DiagGGNOptimizer(net.parameters(), lr=0.1, adaptation=0.0)
+    x, y = batch()
+    for t in range(4):
+        opt.zero_grad()
+        ce(net(x.float()), y).backward()
+        if t == 3:
+            net[0].weight.grad.fill_(1e30)
+        before = net[0].weight.clone()
+        opt.step()
+    moved = (net[0].weight - before).detach().square().mean().sqrt()
+    assert moved.item() == pytest.approx(0.1, rel=1e-3)
