@@ -299,6 +299,28 @@ def test_a_wrong_target(row):
     both.check(compiled=4)
 
 
+def test_gradients_of_rounding_alone():
+    """A bias before a normalization: its step is that of rounding, which nobody compares."""
+    torch.manual_seed(0)
+    layers = nn.Linear(6, 5), nn.BatchNorm1d(5), nn.Tanh(), nn.Linear(5, 3)
+    both = Both(nn.Sequential(*layers).double(), ROWS["polar"], compiler=inductor)
+    both.run(batches(4))
+    assert both.step.taken["compiled"] == 3
+    for a, b in zip(*(list(m.parameters())[2:] for m in both.models), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("wrong", [lambda x: x * 1.01, lambda x: x * torch.nan])
+def test_a_compiler_that_errs(wrong):
+    def compiler(graph, inputs):
+        return lambda *given: [r if k < 2 else wrong(r) for k, r in enumerate(graph(*given))]
+
+    both = Both(network(), ROWS["diag_ggn-exact"], compiler=compiler)
+    with pytest.warns(UserWarning, match="computes other numbers than the graph it is of"):
+        both.run(batches(3))
+    both.check(compiled=0)
+
+
 @pytest.mark.parametrize("row", ["diag_ggn-exact", "polar"])
 def test_a_gradient_that_is_no_number(row):
     """Of a finite loss: the root of zero has no slope."""
