@@ -13,6 +13,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from curvopt.compiled.capture import source_of
 from curvopt.compiled.tracing import (
+    FILLED,
     Failed,
     KnownTape,
     Program,
@@ -151,6 +152,8 @@ class Graph:
             if quantities:
                 with torch.enable_grad(), tape:
                     outputs = self.captured(*call)
+                if update.filled and len(outputs) > 1:
+                    raise Unsuited(FILLED)
                 computation = self._computation(tape, loss_of(outputs))
                 with torch.no_grad():
                     computation.prepare()
@@ -161,8 +164,7 @@ class Graph:
                 if not samples:
                     raise Unsuited  # an empty batch
             else:
-                grads = [*self._gradients(call)]
-                plan, samples, sketch = None, 0, list[Any]()
+                grads, plan, samples, sketch = [*self._gradients(call)], None, 0, []
         if tuple(k for k, grad in enumerate(grads) if grad is not None) != self.reached:
             raise Unsuited("which parameters take part depends on values")
         changed = frozenset(k for k, a in enumerate(call) if a._version != versions[k])
@@ -246,10 +248,8 @@ class Graph:
 
     def _groups(self, params: Sequence[Tensor]) -> list[dict[str, Any]]:
         groups = self.update.opt.param_groups
-        if len(groups) == 1:
-            return [groups[0]] * len(params)
-        of = {p: group for group in groups for p in group["params"]}
-        return [of[p] for p in params]
+        of = {p: group for group in groups[1:] for p in group["params"]}
+        return [of.get(p, groups[0]) for p in params]
 
     def _inputs(
         self,

@@ -36,6 +36,11 @@ class PrivateUpdate(Update):
     _count: int | None = None
     _kept: Tensor | None = None
 
+    @property
+    def filled(self) -> bool:  # type: ignore[override]  # the batch decides
+        """Whether batches are filled up."""
+        return self._kept is not None
+
     def obstacle(self) -> str:
         """Logical batches in parts, and clipping that reads the norms, are none of a graph's."""
         opt = self.opt

@@ -16,6 +16,10 @@ from curvopt.engine.computation import Computation
 from curvopt.recording.tape import Tape
 from curvopt.recording.uses import Shared
 
+FILLED = (
+    "the function gives more than the loss, which would hold samples that fill up a Poisson batch: "
+    "leave the output out, or compute it apart"
+)
 _NOWHERE = Ref(-1, 0, torch.Size(), (), torch.float32, False)
 
 

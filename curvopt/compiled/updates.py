@@ -78,6 +78,8 @@ class Update(ABC):
     finite_loss = True
     #: A sum that is scaled by a number must be declared; buffers must not change.
     private = False
+    #: The batch holds samples that do not count.
+    filled = False
 
     def __init__(self, opt: Any):
         self.opt = opt

@@ -61,6 +61,30 @@ def test_adam(clipping):
     both.check(rtol=1e-10, compiled=len(SIZES) - 1)
 
 
+def with_output(model, x, y):
+    output = model(x)
+    return F.cross_entropy(output, y), output
+
+
+def with_note(model, x, y):
+    model.seen = model(x)
+    return F.cross_entropy(model.seen, y), (model.seen.argmax(1) == y).double().mean()
+
+
+@pytest.mark.parametrize("loss", [with_output, with_note])
+def test_what_else_a_function_gives(loss):
+    """It is of the samples alone: batches are not filled up for it."""
+    both = Both(network(), poisson(curvopt.DPSGD), loss)
+    first, *rest = sized(9, 7, 8)
+    both.take(*first)
+    with pytest.warns(UserWarning, match="gives more than the loss, which would hold samples"):
+        found = [both.take(*batch) for batch in rest]
+    for eager, compiled in found:
+        for a, b in zip(eager, compiled, strict=True):
+            torch.testing.assert_close(b, a.detach())
+    both.check(compiled=0)
+
+
 def test_few_sizes():
     both = Both(network(), poisson(curvopt.DPSGD))
     both.run(sized(9, 7, 5, 3, 6, 12, 1, 11))
