@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from curvopt.compiled.padding import loss_without
+from curvopt.compiled.padding import is_mean, loss_without
 from curvopt.compiled.tracing import Proof, Unsuited
 from curvopt.compiled.updates import Groups, Moved, Traced, Update, Write
 from curvopt.engine.computation import Computation
@@ -29,6 +29,8 @@ class PrivateUpdate(Update):
     #: Names of a parameter's tensors in the state.
     keys: tuple[str, ...] = ()
     _noise: Sequence[Tensor] = ()
+    #: Whether the loss is a mean, that has no use for the number of samples; None: not known yet.
+    _mean: bool | None = None
     #: The parameters that it is for.
     _kinds: Sequence[Any] = ()
     _sizes: tuple[int, int]
@@ -57,6 +59,10 @@ class PrivateUpdate(Update):
         alike = {len(value) if isinstance(value, Tensor) and value.ndim else 0 for value in batch}
         count = alike.pop() if len(alike) == 1 else 0
         if opt.sampler != "poisson" or opt.views > 1 or not count:
+            return batch
+        if self._mean is None:
+            self._mean = is_mean(self.function, batch)
+        if not self._mean:
             return batch
         step = max(1, math.ceil(2 * opt.expected_batch_size**0.5))
         size = -(-count // step) * step

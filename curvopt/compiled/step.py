@@ -97,7 +97,7 @@ class CompiledStep:
         self._mode: Hashable = None
         self._taken = False
         kind = UPDATES.get(type(opt))
-        self._update = kind(opt) if kind is not None else None
+        self._update = kind(opt, function) if kind is not None else None
         self._compiler = compiler
         self._captures: dict[Hashable, Capture] = {}
         self._another: Graph | None = None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -72,6 +72,7 @@ class Update(ABC):
 
     Args:
         opt: the optimizer.
+        function: of a batch, gives the loss.
     """
 
     #: A loss that is not finite fails the step.
@@ -81,8 +82,8 @@ class Update(ABC):
     #: The batch holds samples that do not count.
     filled = False
 
-    def __init__(self, opt: Any):
-        self.opt = opt
+    def __init__(self, opt: Any, function: Callable[..., Any]):
+        self.opt, self.function = opt, function
 
     def obstacle(self) -> str:
         """Why no step of this optimizer is compiled as it is; empty if it may be."""

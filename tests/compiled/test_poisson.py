@@ -100,15 +100,45 @@ def test_empty_batches():
     both.check(compiled=2)
 
 
-def test_a_sum_has_no_known_size():
-    def summed(model, x, y):
-        return F.cross_entropy(model(x), y, reduction="sum")
+def summed(model, x, y):
+    return F.cross_entropy(model(x), y, reduction="sum")
 
-    both = Both(network(), poisson(curvopt.DPSGD), summed)
+
+def counted(model, x, y):
+    return F.cross_entropy(model(x), y) * (len(x) / 9)
+
+
+def scaled(model, x, y):
+    return F.cross_entropy(F.dropout(model(x), 0.5) * len(x) ** -0.5, y)
+
+
+@pytest.mark.parametrize("loss", [summed, counted, scaled])
+def test_a_loss_that_has_a_use_for_the_number_of_samples(loss):
+    """In Python it would count those that fill the batch up: a graph is for one size then."""
+    both = Both(network(), poisson(curvopt.DPSGD), loss)
+    for batch in sized(9, 8, 7, 9, 8):
+        both.run([batch])
+        torch.testing.assert_close(both.opts[1].norms, both.opts[0].norms)
+    both.check(compiled=2)
+
+
+def over_count(model, x, y):
+    return F.cross_entropy(model(x), y, reduction="sum") / len(x)
+
+
+def test_a_sum_that_is_scaled():
+    both = Both(network(), poisson(curvopt.DPSGD, reduction="mean"), over_count)
     both.run(sized(9))
     with pytest.warns(UserWarning, match="the loss is no mean over the samples"):
         both.run(sized(8, 7))
     both.check(compiled=0)
+
+
+def test_dropout():
+    """Batches are filled up all the same: what is drawn does not count when that is decided."""
+    both = Both(network().append(torch.nn.Dropout(0.3)), poisson(curvopt.DPSGD))
+    both.run(sized(9, 7, 8, 12))
+    both.check(compiled=3)
 
 
 def test_other_samplers_are_not_filled_up():
