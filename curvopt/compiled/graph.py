@@ -13,6 +13,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from curvopt.compiled.capture import source_of
 from curvopt.compiled.tracing import (
+    CHANGES,
     FILLED,
     Failed,
     KnownTape,
@@ -38,8 +39,6 @@ from curvopt.losses.base import random_signs, signs_from
 from curvopt.optim.lead import put
 from curvopt.recording.tape import Tape
 
-# Steps in a row with new settings each, after which that is said.
-CHANGES = 3
 # In the names of what modules hold.
 _OF_MODULE = re.compile(r"\._(buffers|parameters)\[")
 
@@ -81,13 +80,16 @@ class Graph:
             raise Unsuited("the captured function takes numbers that change")
         trained = [(k, a) for k, a in enumerate(args) if a.requires_grad]
         self.params = [(k, a) for k, a in trained if id(a) in own]
-        if len(self.params) < len(trained):
-            raise Unsuited("a tensor that is not the optimizer's gets a gradient as well")
+        others = [a for _, a in trained if id(a) not in own]
         # A batch that its model keeps in a buffer is data all the same.
         rest = {storage_of(a) for k, a in enumerate(args) if k in self._data}
         self._held = [k for k in self._buffers if storage_of(args[k]) not in rest]
-        found = self._gradients([*map(self._copied, enumerate(args))])
-        self.reached = tuple(k for k, grad in enumerate(found) if grad is not None)
+        found = self._gradients([*map(self._copied, enumerate(args))], others)
+        reached = [k for k, grad in enumerate(found) if grad is not None]
+        ours = len(self.params) > max(reached, default=-1)
+        if not ours or not all(isinstance(a, nn.Parameter) for a in others):
+            raise Unsuited("a tensor that is not the optimizer's gets a gradient as well")
+        self.reached = tuple(reached)
         self.moving = [self.params[k][1] for k in self.reached]
 
     def _copied(self, given: tuple[int, Any]) -> Any:
@@ -97,15 +99,15 @@ class Graph:
             return value
         return value.detach().clone()
 
-    def _gradients(self, call: Sequence[Any]) -> Sequence[Tensor | None]:
-        """Gradients of a pass with values."""
+    def _gradients(self, call: Sequence[Any], more: Sequence[Any] = ()) -> Sequence[Tensor | None]:
+        """Gradients of a pass with values, in the parameters and more."""
         with kept_randomness(call[0].device), torch.enable_grad():
             try:
                 outputs = self.captured(*call)
             except Exception as error:  # of a wrong index, say: an eager step fails as well
                 raise Unsuited(said(error), asked=True) from error
-            loss = loss_of(outputs)
-            return torch.autograd.grad(loss, [p for _, p in self.params], allow_unused=True)
+            wanted = [*(p for _, p in self.params), *more]
+            return torch.autograd.grad(loss_of(outputs), wanted, allow_unused=True)
 
     def check(self, args: Sequence[Any]) -> list[Tensor]:
         """The parameters that take part, which must be those of the optimizer still.
@@ -228,10 +230,8 @@ class Graph:
 
         def step(*flat: Tensor) -> list[Tensor]:
             nonlocal number
-            parts, start = [], 0
-            for count in counts:
-                parts.append([*flat[start : start + count]])
-                start += count
+            rest = iter(flat)
+            parts = [[next(rest) for _ in range(count)] for count in counts]
             result, number = self._traced(proof, mode, groups, *parts)
             return result
 

@@ -19,11 +19,11 @@ from torch.utils._device import DeviceContext
 from torch.utils._pytree import tree_map
 
 from curvopt.compiled.capture import Capture, Compiler, inductor
-from curvopt.compiled.graph import CHANGES, Graph
+from curvopt.compiled.graph import Graph
 from curvopt.compiled.newton import NewtonUpdate
 from curvopt.compiled.polar import PolarUpdate
 from curvopt.compiled.private import PrivateAdam, PrivateSGD
-from curvopt.compiled.tracing import Failed, Unsuited
+from curvopt.compiled.tracing import CHANGES, Failed, Unsuited
 from curvopt.compiled.updates import Update
 from curvopt.compiled.variance import VarianceUpdate
 from curvopt.optim.automatic import without_hooks
@@ -105,6 +105,12 @@ class CompiledStep:
         self._failures: dict[Hashable, int] = {}
         if self._update is None:
             self._say(f"{type(opt).__name__} has no step for a graph")
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise TypeError(
+            "a compiled step is of its model and optimizer, and cannot be copied: copy these, and "
+            "call curvopt.compile again"
+        )
 
     def _capture(self, key: Hashable) -> Capture:
         """What captures the function of batches of these shapes."""

@@ -16,6 +16,8 @@ from curvopt.engine.computation import Computation
 from curvopt.recording.tape import Tape
 from curvopt.recording.uses import Shared
 
+# Steps in a row with something new in each, after which that is said.
+CHANGES = 3
 FILLED = (
     "the function gives more than the loss, which would hold samples that fill up a Poisson batch: "
     "leave the output out, or compute it apart"

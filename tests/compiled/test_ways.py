@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import gc
+import pickle
 import warnings
 import weakref
 from collections import UserDict
@@ -341,6 +342,27 @@ def test_a_gradient_that_is_no_number(row):
             assert all(map(torch.equal, both.models[1].parameters(), before))
         both.run([(x, y)])
     both.check(rtol=1e-9, atol=1e-11, compiled=6)
+
+
+@pytest.mark.parametrize("row", ["variance", "diag_ggn-exact", "polar", "dp_sgd"])
+def test_a_teacher_that_is_not_frozen(row):
+    """Its output is detached, so that it gets no gradient."""
+
+    def loss(model, x, y):
+        probabilities = model[1](x).detach().softmax(1)
+        return F.cross_entropy(model[0](x), probabilities)
+
+    model = nn.ModuleList([network(), network(sizes=(6, 4, 3))])
+    both = Both(model, lambda p: ROWS[row]([*p][:6]), loss)
+    both.run(batches(5))
+    both.check(compiled=4)
+
+
+def test_a_step_is_not_copied():
+    both = Both(network(), ROWS["variance"])
+    for copied in (copy.copy, copy.deepcopy, pickle.dumps):
+        with pytest.raises(TypeError, match="cannot be copied: copy these, and call"):
+            copied(both.step)
 
 
 def test_outputs_have_no_graph():
