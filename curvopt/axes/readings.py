@@ -53,7 +53,7 @@ class Entry:
                 for n, storage in enumerate(self.group)
             }, {}
         if self.packed:
-            rows = torch.tensor(self.packed)
+            rows = torch.tensor(self.packed, device="cpu")
             owners = rows if owners is None else owners[rows]
         values = (
             along(self.ref.shape, dim, owners)

@@ -53,7 +53,7 @@ def note_packed(trace: Trace, sizes: Tensor, order: Tensor | None, back: Tensor 
     if {length, *orders} <= trace.outside.keys():
         trace.packing.lengths.add(length)
         trace.packing.orders |= orders
-        rows = torch.cat([torch.arange(size) for size in sizes.tolist()])
+        rows = torch.cat([torch.arange(size, device="cpu") for size in sizes.tolist()])
         rows = rows if order is None else order.cpu()[rows]
         trace.packing.rows.append(tuple(rows.tolist()))
 
