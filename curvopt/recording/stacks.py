@@ -9,6 +9,7 @@ default device lies too, and are taken out from there.
 from __future__ import annotations
 
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, cast
@@ -56,29 +57,33 @@ class Uncompiled:
     def __init__(self) -> None:
         self.count, self._stance = 0, cast(Any, None)
         self._left: list[Any] = []
+        self._lock = threading.RLock()  # the stance is that of all threads
 
     def begin(self) -> None:
         """One more."""
-        if not self.count and "torch._dynamo" in sys.modules:
-            self._stance = torch.compiler.set_stance("force_eager")
-        self.count += 1
+        with self._lock:
+            if not self.count and "torch._dynamo" in sys.modules:
+                self._stance = torch.compiler.set_stance("force_eager")
+            self.count += 1
 
     def end(self) -> None:
         """One less."""
-        self.count -= 1
-        if not self.count and self._stance is not None:
-            self._left.append(self._stance)
-            self._stance = None
-        self.settle()
+        with self._lock:
+            self.count -= 1
+            if not self.count and self._stance is not None:
+                self._left.append(self._stance)
+                self._stance = None
+            self.settle()
 
     def settle(self) -> None:
         """Leave what is over: not where somebody has set another stance on top of it."""
-        eval_frame: Any = sys.modules.get("torch._dynamo.eval_frame")
-        for stance in self._left[::-1]:
-            if eval_frame._stance is stance.stance:
-                with suppress(RuntimeError):  # in the middle of compiled code
-                    stance.__exit__(None, None, None)
-                    self._left.remove(stance)
+        with self._lock:
+            eval_frame: Any = sys.modules.get("torch._dynamo.eval_frame")
+            for stance in self._left[::-1]:
+                if eval_frame._stance is stance.stance:
+                    with suppress(RuntimeError):  # in the middle of compiled code
+                        stance.__exit__(None, None, None)
+                        self._left.remove(stance)
 
 
 UNCOMPILED = Uncompiled()

@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import sys
 import threading
 import warnings
 import weakref
@@ -27,6 +28,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, TensorDataset
 
 import curvopt
+from curvopt.recording.stacks import UNCOMPILED
 from tests.armed import rest_all
 
 N, D, C = 6, 4, 3
@@ -1306,6 +1308,29 @@ def test_a_recording_that_ends_inside_of_another():
     two._watch.rest()
     assert eval_frame._stance.stance == "default"
     del loss
+
+
+def test_recordings_of_several_threads_at_once():
+    """Compiled code is compiled again when the last one is over."""
+    from torch._dynamo import eval_frame
+
+    def record():
+        for _ in range(5000):
+            UNCOMPILED.begin()
+            UNCOMPILED.end()
+
+    threads = [threading.Thread(target=record) for _ in range(4)]
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+    assert (UNCOMPILED.count, UNCOMPILED._left) == (0, [])
+    assert eval_frame._stance.stance == "default"
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
