@@ -33,6 +33,7 @@ from curvopt.ops.registry import COMPOSITIONS, MODULE_RULES, RULES
 from curvopt.recording import functions as known
 from curvopt.recording.losses import Function, Keywords, Losses, Positional
 from curvopt.recording.modules import Modules
+from curvopt.recording.stacks import UNCOMPILED
 from curvopt.recording.uses import Call, Record, Shared, tensors_in
 
 _transform = torch._C._functorch.peek_interpreter_stack
@@ -347,9 +348,14 @@ def _uncompiled() -> Iterator[None]:
     if "torch._dynamo" not in sys.modules:  # nothing is compiled, and importing it takes seconds
         yield
         return
-    with warnings.catch_warnings(), torch.compiler.set_stance("force_eager"):
-        warnings.filterwarnings("ignore", r"Using `torch.compile\(module\)` when there are global")
-        yield
+    UNCOMPILED.begin()
+    try:
+        with warnings.catch_warnings():
+            message = r"Using `torch.compile\(module\)` when there are global"
+            warnings.filterwarnings("ignore", message)
+            yield
+    finally:
+        UNCOMPILED.end()
 
 
 def _named(params: Iterable[Any]) -> dict[Tensor, str]:

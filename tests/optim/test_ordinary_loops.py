@@ -28,7 +28,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, TensorDataset
 
 import curvopt
-from curvopt.recording.stacks import UNCOMPILED
+from curvopt.recording.stacks import UNCOMPILED, Uncompiled
 from tests.armed import rest_all
 
 N, D, C = 6, 4, 3
@@ -1314,10 +1314,12 @@ def test_recordings_of_several_threads_at_once():
     """Compiled code is compiled again when the last one is over."""
     from torch._dynamo import eval_frame
 
+    uncompiled, before = Uncompiled(), eval_frame._stance
+
     def record():
         for _ in range(5000):
-            UNCOMPILED.begin()
-            UNCOMPILED.end()
+            uncompiled.begin()
+            uncompiled.end()
 
     threads = [threading.Thread(target=record) for _ in range(4)]
     interval = sys.getswitchinterval()
@@ -1329,8 +1331,21 @@ def test_recordings_of_several_threads_at_once():
             thread.join()
     finally:
         sys.setswitchinterval(interval)
-    assert (UNCOMPILED.count, UNCOMPILED._left) == (0, [])
-    assert eval_frame._stance.stance == "default"
+    assert (uncompiled.count, uncompiled._left) == (0, [])
+    assert eval_frame._stance is before
+
+
+def test_one_of_two_optimizers_steps_again_and_again():
+    """Nothing is kept of the recordings that are over."""
+    from torch._dynamo import eval_frame
+
+    net, (x, y), before = network(), batch(), eval_frame._stance
+    _, opt = curvopt.DiagGGNOptimizer(net.parameters()), OPTIMIZERS["polar"](net.parameters())
+    left = len(UNCOMPILED._left)
+    for _ in range(3):
+        opt.step(lambda: ce(net(x), y))
+    assert len(UNCOMPILED._left) == left
+    assert eval_frame._stance is before
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
