@@ -73,7 +73,7 @@ class Outer(Structure):
             return self._contract(self._left_energy(), self.right * self.right)
         if self._pairs_up():
             squares, terms = self._paired()
-            if not (squares < units(squares, SPREAD) * terms).any():
+            if (squares >= units(squares, SPREAD) * terms).all():  # False where one is NaN
                 return squares
         return super().sum_of_squares()
 
@@ -138,7 +138,7 @@ class Outer(Structure):
     def _paired_scatter(self, total: Tensor) -> Tensor:
         scatter, terms = self._paired()
         scatter.addcmul_(total, total, value=-1 / max(1, self.samples))
-        doubt = scatter < units(total, SPREAD) * terms
+        doubt = ~(scatter >= units(total, SPREAD) * terms)
         number = int(doubt.sum())
         if number > doubt.numel() // 8:
             return super().moments()[1]

@@ -194,3 +194,16 @@ def test_few_elements_that_hardly_differ(tokens, monkeypatch):
     assert again == [2]
     assert ((scatter - truth).abs() <= 1e-3 * truth).all()
     assert_close(structure.sum_of_squares().double(), rows.double().square().sum(0), 1e-5)
+
+
+def test_a_token_that_is_not_finite():
+    """Terms of both signs are infinite, the squares are not: no difference of infinities."""
+    left, right = torch.randn(1, N, 1, 2, 5), torch.randn(N, 1, 2, 6)
+    left[0, 3, 0, 0, 2] = torch.inf
+    structure = Outer(left, right, torch.Size([5, 6]))
+    rows = structure.form()[0]
+    torch.testing.assert_close(structure.sum_of_squares(), rows.square().sum(0))
+    finite = torch.arange(5) != 2
+    spread = (rows - rows.mean(0)).square().sum(0)
+    torch.testing.assert_close(structure.moments()[1][finite], spread[finite])
+    assert not structure.moments()[1][2].isfinite().any()
